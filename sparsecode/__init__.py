@@ -1,0 +1,35 @@
+"""Sparse fine-tuning of transformers: the mathematics, which knows nothing of pictures."""
+
+from .adapter import SparseAdapter, SparseAttention
+from .atoms import importance, keep_atoms, record_usage, set_density
+from .attach import adapters, attach, detach, load_adapter, read_header, save_adapter, trainable
+from .attention import Attention, attention_as_dictionary
+from .baselines import OFT, DoRA, LoRA
+from .common import UserError, replacing
+from .thresholds import relu_threshold, soft_threshold, top_k
+
+__all__ = [
+    "Attention",
+    "DoRA",
+    "LoRA",
+    "OFT",
+    "SparseAdapter",
+    "SparseAttention",
+    "UserError",
+    "adapters",
+    "attach",
+    "attention_as_dictionary",
+    "detach",
+    "importance",
+    "keep_atoms",
+    "load_adapter",
+    "read_header",
+    "record_usage",
+    "relu_threshold",
+    "replacing",
+    "save_adapter",
+    "set_density",
+    "soft_threshold",
+    "top_k",
+    "trainable",
+]

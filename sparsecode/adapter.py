@@ -1,0 +1,135 @@
+"""The method: a frozen attention plus a sparse combination of learned atoms (Eqs. 8–9, §3.4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import merge_heads, split_heads
+from .common import UserError
+from .thresholds import relu_threshold, soft_threshold, top_k
+
+THRESHOLDS = ("top_k", "soft", "relu")
+ORDERS = ("before", "after")
+
+
+class SparseAdapter(nn.Module):
+    """What is trained: W_s (C_i, M), which makes the coefficients S, and the atoms D (M, C_o)
+
+        order="before"    S = A σ_λ(X W_s)    what the paper runs (§3.4)
+        order="after"     S = σ_λ(A X W_s)    (Eq. 8)
+
+    and ΔO = S D. `density` sets top-k, `lam` the soft and relu thresholds. The M atoms are split
+    evenly over the heads, and the coefficients of a head are mixed by its own A⁽ʰ⁾; top-k picks among
+    all M of a token. D starts at zero, so a fresh adapter is silent; W_s starts at the scale that
+    gives a layer-normed X coefficients of about unit variance.
+
+    `keep` switches atoms on and off without retraining, and `usage` is the mean |S_m| last measured
+    (both are set by `atoms.py`).
+    """
+
+    method = "sparse"
+
+    def __init__(
+        self, in_dim, out_dim, heads, *, atoms=256, density=0.02, threshold="top_k", lam=None, order="before"
+    ):
+        super().__init__()
+        if atoms < 1 or atoms % heads:
+            raise UserError(f"atoms={atoms} does not split over {heads} heads; choose a multiple of {heads}")
+        if threshold not in THRESHOLDS:
+            raise UserError(f"threshold={threshold!r} is unknown; choose one of {', '.join(THRESHOLDS)}")
+        if order not in ORDERS:
+            raise UserError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
+        if threshold == "top_k" and lam is not None:
+            raise UserError(f"lam={lam} has no meaning for top_k, which is set by density; leave lam out")
+        if threshold != "top_k" and (lam is None or lam < 0):
+            raise UserError(f"threshold={threshold!r} with lam={lam}; give a lam of 0 or more, like 0.1")
+        self.heads, self.atoms, self.threshold, self.lam, self.order = heads, atoms, threshold, lam, order
+        self.set_density(density)
+        self.W_s = nn.Parameter(torch.randn(in_dim, atoms) / in_dim**0.5)  # (C_i, M)
+        self.D = nn.Parameter(torch.zeros(atoms, out_dim))  # (M, C_o)
+        self.register_buffer("usage", torch.zeros(atoms))  # (M,)
+        self.register_buffer("keep", torch.ones(atoms, dtype=torch.bool), persistent=False)  # (M,)
+
+    def set_density(self, density):
+        if not 0 < density <= 1:
+            raise UserError(f"density={density} is not a share of the atoms; choose one above 0 and up to 1")
+        self.density = density
+
+    @property
+    def k(self):
+        """How many coefficients of a token top-k keeps: max(1, round(ρ M))."""
+        return max(1, round(self.density * self.atoms))
+
+    @property
+    def options(self):
+        """What `attach` needs to build this adapter again."""
+        how_sparse = {"density": self.density} if self.threshold == "top_k" else {"lam": self.lam}
+        return {"atoms": self.atoms, "threshold": self.threshold, **how_sparse, "order": self.order}
+
+    def sigma(self, z):
+        """σ_λ over the M values of each token"""
+        if self.threshold == "top_k":
+            return top_k(z, self.k)  # (B, N, M)
+        return (soft_threshold if self.threshold == "soft" else relu_threshold)(z, self.lam)  # (B, N, M)
+
+    def encode(self, x):
+        """What attention mixes over tokens: σ_λ(X W_s) for order="before", X W_s for "after"."""
+        z = x @ self.W_s.to(x.dtype)  # (B, L, C_i) x (C_i, M) -> (B, L, M)
+        return self.sigma(z) if self.order == "before" else z  # (B, L, M)
+
+    def coefficients(self, mixed):
+        """S, from what attention has mixed: itself for order="before", σ_λ(mixed) for "after"."""
+        return self.sigma(mixed) if self.order == "after" else mixed  # (B, N, M)
+
+    def forward(self, coefficients):
+        """ΔO = S D, over the atoms that are kept"""
+        atoms = self.D * self.keep[:, None]  # (M, C_o)
+        return coefficients @ atoms.to(coefficients.dtype)  # (B, N, M) x (M, C_o) -> (B, N, C_o)
+
+    def silent(self):
+        """Whether ΔO is zero for every input: D untrained, or no atom kept."""
+        return not (self.D.any(dim=1) & self.keep).any()
+
+
+class SparseAttention(nn.Module):
+    """O + ΔO = O + S D, with S from the same attention map as O    (Eq. 9)
+
+    Wraps an `Attention` and has its signature. With `context`, X in X W_s is the context: the tokens
+    that V is made of.
+    """
+
+    def __init__(self, base, adapter):
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def forward(self, x, context=None, mask=None):
+        """One pass A [V | X W_s] gives O and S together.
+
+        Fused kernels want q, k and v equally wide: q and k are padded with zeros, and the scale stays
+        that of the unpadded head. Padding can change how a kernel rounds O, so a silent adapter takes
+        O from a pass of its own: then the output is the base model's to the bit.
+        """
+        q, k, v = self.base.project(x, context)  # (B, H, N, C/H), (B, H, L, C/H), (B, H, L, C/H)
+        z = self.adapter.encode(x if context is None else context)  # (B, L, M)
+        z = split_heads(z, self.base.heads)  # (B, L, M) -> (B, H, L, M/H)
+        width, extra = v.shape[-1], z.shape[-1]  # C/H, M/H
+        mixed = self.base.attend(
+            F.pad(q, (0, extra)),  # (B, H, N, C/H + M/H)
+            F.pad(k, (0, extra)),  # (B, H, L, C/H + M/H)
+            torch.cat([v, z], dim=-1),  # (B, H, L, C/H + M/H)
+            mask,
+            scale=width**-0.5,
+        )
+        o, s = mixed.split([width, extra], dim=-1)  # (B, H, N, C/H), (B, H, N, M/H)
+        if self.adapter.silent():
+            o = self.base.attend(q, k, v, mask)  # (B, H, N, C/H)
+        s = self.adapter.coefficients(merge_heads(s))  # (B, H, N, M/H) -> (B, N, M)
+        return self.base.output(o) + self.adapter(s)  # (B, N, C)
+
+    def forward_naive(self, x, context=None, mask=None):
+        """The same as it stands in the paper: O first, then S from the attention map written out."""
+        q, k, _ = self.base.project(x, context)  # (B, H, N, C/H), (B, H, L, C/H)
+        a = self.base.attention_map(q, k, mask)  # (B, H, N, L)
+        z = self.adapter.encode(x if context is None else context)  # (B, L, M)
+        mixed = merge_heads(a @ split_heads(z, self.base.heads))  # (B, H, N, L) x (B, H, L, M/H) -> (B, N, M)
+        return self.base(x, context, mask) + self.adapter(self.adapter.coefficients(mixed))  # (B, N, C)

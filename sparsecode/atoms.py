@@ -1,0 +1,84 @@
+"""Which atoms matter, and the two dials that need no retraining: how many, and how dense (§3.3, §4.1–4.2)."""
+
+from contextlib import contextmanager
+
+import torch
+
+from .adapter import SparseAdapter
+from .attach import adapters
+from .common import UserError
+
+
+def set_density(model, rho):
+    """Let top-k keep max(1, round(ρ M)) coefficients of each token from now on (Fig. 6)."""
+    for adapter in _sparse(model).values():
+        if adapter.threshold != "top_k":
+            raise UserError(f"only top_k has a density to set; the threshold here is {adapter.threshold!r}")
+        adapter.set_density(rho)
+
+
+@contextmanager
+def record_usage(model):
+    """Measure usage_m = mean |S_m| over every token that passes while the context is open.
+
+    Open it around a few generations and the mean is over their tokens, timesteps and prompts. Without
+    a single token the usage stays what it was.
+    """
+    tally = {}
+
+    def add(adapter, inputs, output):
+        size = inputs[0].detach().float().abs().flatten(0, -2)  # (B, N, M) -> (B*N, M)
+        total, tokens = tally.get(adapter, (0, 0))
+        tally[adapter] = total + size.sum(0), tokens + len(size)  # (M,), number of tokens
+
+    hooks = [adapter.register_forward_hook(add) for adapter in _sparse(model).values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for adapter, (total, tokens) in tally.items():
+        adapter.usage.copy_(total / tokens)  # (M,)
+
+
+@torch.no_grad()
+def importance(model):
+    """usage_m · ‖D_m‖ for each atom (M,), by the name of its layer: how much an atom moves a token.
+
+    Taking the norm in keeps atoms comparable whose norms have drifted apart in training.
+    """
+    layers = _sparse(model)
+    measured = any(adapter.usage.any() for adapter in layers.values())
+    if not measured and any(adapter.D.any() for adapter in layers.values()):
+        raise UserError("the use of these atoms was never measured; run the model inside record_usage(model)")
+    return {name: adapter.usage * adapter.D.norm(dim=1) for name, adapter in layers.items()}  # (M,) each
+
+
+def keep_atoms(model, n):
+    """Keep the n most important atoms of the whole model and switch the others off (Fig. 3).
+
+    None or "all" keeps every atom, 0 gives the base model, both to the bit.
+    """
+    layers = _sparse(model)
+    total = sum(adapter.atoms for adapter in layers.values())
+    n = total if n in (None, "all") else n
+    if not isinstance(n, int) or not 0 <= n <= total:
+        raise UserError(f"cannot keep {n!r} atoms; choose a number from 0 to {total}, or 'all'")
+    kept = torch.zeros(total, dtype=torch.bool)  # (all atoms,)
+    if n == total:
+        kept[:] = True
+    elif n > 0:
+        scores = torch.cat([score.cpu() for score in importance(model).values()])  # (all atoms,)
+        kept[scores.topk(n).indices] = True
+    sizes = [adapter.atoms for adapter in layers.values()]
+    for adapter, part in zip(layers.values(), kept.split(sizes)):
+        adapter.keep.copy_(part)  # (M,)
+
+
+def _sparse(model):
+    layers = adapters(model)
+    if not layers:
+        raise UserError("no adapter is attached to this model; attach or load one first")
+    if not all(isinstance(adapter, SparseAdapter) for adapter in layers.values()):
+        raise UserError("atoms exist only for the sparse method; this model has another adapter")
+    return layers

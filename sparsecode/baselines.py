@@ -1,0 +1,108 @@
+"""The methods the paper compares with, each on one Linear: LoRA, DoRA and OFT (§4.3).
+
+`attach` puts them on the q, k, v and output projections of an attention. All compute in the width of
+x, keep their parameters in float32, and change nothing when fresh.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .common import UserError
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen Linear whose adapter computes the output in its place."""
+
+    def __init__(self, base, adapter):
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    def forward(self, x):
+        return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+
+
+class LoRA(nn.Module):
+    """y = W x + b + (α/r) B A x,  A (r, C_i) Kaiming-uniform, B (C_o, r) zero"""
+
+    method = "lora"
+
+    def __init__(self, linear, *, r=16, alpha=16):
+        super().__init__()
+        if r < 1:
+            raise UserError(f"r={r} is not a rank; choose 1 or more")
+        self.r, self.alpha = r, alpha
+        self.A = nn.Parameter(torch.empty(r, linear.in_features))  # (r, C_i)
+        self.B = nn.Parameter(torch.zeros(linear.out_features, r))  # (C_o, r)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    @property
+    def options(self):
+        return {"r": self.r, "alpha": self.alpha}
+
+    def update(self, x):
+        """(α/r) B A x"""
+        low = x @ self.A.T.to(x.dtype)  # (..., C_i) x (C_i, r) -> (..., r)
+        return low @ self.B.T.to(x.dtype) * (self.alpha / self.r)  # (..., r) x (r, C_o) -> (..., C_o)
+
+    def forward(self, x, linear):
+        return linear(x) + self.update(x)  # (..., C_o)
+
+
+class DoRA(LoRA):
+    """y = g ⊙ (W + (α/r) B A) x + b  with  g = m / ‖W + (α/r) B A‖ for each row
+
+    The norm is held constant in the backward pass, as in DoRA's §4.3, and m starts at ‖W‖. Written as
+    W x + b plus a change, which is exactly zero while g = 1 and B = 0.
+    """
+
+    method = "dora"
+
+    def __init__(self, linear, *, r=16, alpha=16):
+        super().__init__(linear, r=r, alpha=alpha)
+        self.m = nn.Parameter(linear.weight.detach().float().norm(dim=1))  # (C_o,)
+
+    def gain(self, linear):
+        with torch.no_grad():
+            adapted = linear.weight.float() + self.B @ self.A * (self.alpha / self.r)  # (C_o, C_i)
+            norm = adapted.norm(dim=1)  # (C_o, C_i) -> (C_o,)
+        return self.m / norm  # (C_o,)
+
+    def forward(self, x, linear):
+        y = linear(x)  # (..., C_i) -> (..., C_o)
+        g = self.gain(linear)  # (C_o,)
+        without_bias = y if linear.bias is None else y - linear.bias  # (..., C_o)
+        return y + (g - 1).to(x.dtype) * without_bias + g.to(x.dtype) * self.update(x)  # (..., C_o)
+
+
+class OFT(nn.Module):
+    """y = W (x R) + b,  R block-diagonal and orthogonal: R = (I − Q)(I + Q)⁻¹,  Q = (P − Pᵀ)/2
+
+    P (blocks, b, b) is stored in full, as in the paper's count of 37M, and starts at zero. The Cayley
+    transform is exact: a linear solve in float32 for each block.
+    """
+
+    method = "oft"
+
+    def __init__(self, linear, *, blocks=4):
+        super().__init__()
+        if blocks < 1 or linear.in_features % blocks:
+            raise UserError(f"blocks={blocks} does not divide width {linear.in_features}; choose a divisor")
+        self.blocks = blocks
+        width = linear.in_features // blocks
+        self.P = nn.Parameter(torch.zeros(blocks, width, width))  # (blocks, b, b)
+
+    @property
+    def options(self):
+        return {"blocks": self.blocks}
+
+    def rotation(self):
+        q = (self.P - self.P.transpose(1, 2)) / 2  # (blocks, b, b)
+        eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)  # (b, b)
+        return torch.linalg.solve(eye + q, eye - q)  # (blocks, b, b); the two factors commute
+
+    def forward(self, x, linear):
+        x_blocks = x.unflatten(-1, (self.blocks, 1, -1))  # (..., C_i) -> (..., blocks, 1, b)
+        rotated = x_blocks @ self.rotation().to(x.dtype)  # (..., blocks, 1, b) x (blocks, b, b)
+        return linear(rotated.flatten(-3))  # (..., blocks, 1, b) -> (..., C_i) -> (..., C_o)

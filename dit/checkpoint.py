@@ -1,0 +1,359 @@
+"""From files to models and back: the only file that opens weights.
+
+A folder in the layout of diffusers (config.json beside safetensors, single or sharded with an index) or one of the
+authors' own `.pth` files is read into a model that was built on the meta device: strictly, every name and shape
+checked before any numbers are read, and then one tensor at a time, cast on the way.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig, is_whole, read_json
+from dit.t5 import T5Encoder, Tokenizer
+from dit.transformer import PixArtTransformer
+from dit.vae import AutoencoderKL
+from sparsecode.common import UserError, replacing
+
+# ---- names: (ours, theirs) --------------------------------------------------------------------------------------
+# The pairs apply in turn: one that begins with a dot anywhere in a name, another at its start. Several of our tensors
+# with one name in the file are a fused projection: there they are stacked along the rows, in the model's order.
+
+TRANSFORMER_NAMES = [
+    ("patch_embed.", "pos_embed.proj."),
+    ("timestep_embedder.", "adaln_single.emb.timestep_embedder."),
+    ("timestep_modulation.", "adaln_single.linear."),
+    (".to_out.", ".to_out.0."),
+    (".ff.linear_1.", ".ff.net.0.proj."),
+    (".ff.linear_2.", ".ff.net.2."),
+]
+# The authors' own files.
+ORIGINAL_NAMES = [
+    ("patch_embed.", "x_embedder.proj."),
+    ("timestep_embedder.linear_1.", "t_embedder.mlp.0."),
+    ("timestep_embedder.linear_2.", "t_embedder.mlp.2."),
+    ("timestep_modulation.", "t_block.1."),
+    ("caption_projection.linear_1.", "y_embedder.y_proj.fc1."),
+    ("caption_projection.linear_2.", "y_embedder.y_proj.fc2."),
+    ("scale_shift_table", "final_layer.scale_shift_table"),
+    ("proj_out.", "final_layer.linear."),
+    ("transformer_blocks.", "blocks."),
+    (".attn1.to_q.", ".attn.qkv."),
+    (".attn1.to_k.", ".attn.qkv."),
+    (".attn1.to_v.", ".attn.qkv."),
+    (".attn1.to_out.", ".attn.proj."),
+    (".attn2.to_q.", ".cross_attn.q_linear."),
+    (".attn2.to_k.", ".cross_attn.kv_linear."),
+    (".attn2.to_v.", ".cross_attn.kv_linear."),
+    (".attn2.to_out.", ".cross_attn.proj."),
+    (".ff.linear_1.", ".mlp.fc1."),
+    (".ff.linear_2.", ".mlp.fc2."),
+]
+T5_NAMES = [
+    ("embed.", "shared."),
+    ("relative_attention_bias.", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
+    ("final_norm.", "encoder.final_layer_norm."),
+    ("blocks.", "encoder.block."),
+    *((f".{name}.", f".layer.0.SelfAttention.{name}.") for name in "qkvo"),
+    (".norm_1.", ".layer.0.layer_norm."),
+    *((f".{name}.", f".layer.1.DenseReluDense.{name}.") for name in ("wi_0", "wi_1", "wo")),
+    (".norm_2.", ".layer.1.layer_norm."),
+]
+VAE_NAMES = [
+    (".downsample.", ".downsamplers.0."),
+    (".upsample.", ".upsamplers.0."),
+    (".attention.", ".attentions.0."),
+    (".to_out.", ".to_out.0."),
+]
+# Files written by diffusers before 0.17; the last pair of VAE_NAMES no longer applies after these.
+OLD_VAE_NAMES = [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.", ".proj_attn.")]
+
+# What files may hold besides the model: the second name of T5's embedding, the position table that the code computes,
+# and the caption that the authors' training put in place of dropped ones.
+IGNORED = {"encoder.embed_tokens.weight", "pos_embed.pos_embed", "pos_embed", "y_embedder.y_embedding"}
+PIXART_ALPHA = ("resolution_embedder.", "aspect_ratio_embedder.", "csize_embedder.", "ar_embedder.")
+USUAL_FILES = [name + kind for name in ("diffusion_pytorch_model", "model")
+               for kind in (".safetensors", ".safetensors.index.json")]  # fmt: skip
+FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
+
+
+def rename(name, pairs):
+    for ours, theirs in pairs:
+        if ours.startswith("."):
+            name = name.replace(ours, theirs)
+        elif name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    return name
+
+
+# ---- what a file holds ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: what the header says of it, and `read()` for its numbers."""
+
+    file: Path
+    shape: tuple
+    dtype: str
+    read: Callable
+
+
+def stored_tensors(path):
+    """{name: Stored} for the weights at `path`, a file or the folder of a model. No numbers are read."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; weights/README.md says how to get the weights")
+    file = _weights_file(path) if path.is_dir() else path
+    if file.suffix == ".pth":
+        return _in_pth(file)
+    return _in_shards(file) if file.suffix == ".json" else _in_safetensors(file)
+
+
+def _weights_file(folder):
+    """The one safetensors file, index of shards or `.pth` in a folder; the usual names go before variants of them."""
+    choice = [folder / name for name in USUAL_FILES if (folder / name).exists()]
+    for kind in ("*.safetensors.index.json", "*.safetensors", "*.pth"):
+        choice = choice or sorted(folder.glob(kind))
+    if not choice:
+        raise UserError(f"{folder} holds no weights: expected *.safetensors, alone or with an index, or *.pth")
+    if len(choice) > 1:
+        raise UserError(f"{folder} holds both {choice[0].name} and {choice[1].name}; leave only the right one there")
+    return choice[0]
+
+
+def _in_safetensors(file):
+    with _open(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        return {
+            name: Stored(file, tuple(piece.get_shape()), piece.get_dtype(), partial(_read, file, name))
+            for name, piece in slices.items()
+        }
+
+
+def _open(file):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} is not a whole safetensors file ({reason}); download it again") from None
+
+
+def _read(file, name):
+    # Opened anew for each tensor: an open file stays mapped, and what was read of it counts as memory in use.
+    with _open(file) as tensors:
+        return tensors.get_tensor(name)
+
+
+def _in_shards(index):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} has no weight_map from tensors to files; download it again")
+    stored = {}
+    for name in sorted(set(weight_map.values())):
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index} names {name}, which is not there; download it into {index.parent}")
+        shard = _in_safetensors(index.parent / name)
+        if twice := sorted(stored.keys() & shard.keys()):
+            raise UserError(f"{stored[twice[0]].file} and {name} both hold {twice[0]}; download both again")
+        stored |= shard
+    for key, name in weight_map.items():
+        if key not in stored or stored[key].file.name != name:
+            raise UserError(f"{index.parent / name} lacks {key}, which {index.name} promises; download both again")
+    return stored
+
+
+def _in_pth(file):
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{file} is not a PyTorch checkpoint ({type(error).__name__}); download it again") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{file} is not a table of named tensors; give one of PixArt-Σ's checkpoints")
+    return {
+        str(name): Stored(file, tuple(t.shape), str(t.dtype).removeprefix("torch."), partial(state.get, name))
+        for name, t in state.items()
+    }
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------
+# `path` is the folder of a part of a pipeline, or a weights file in it. The weights take `dtype` in memory: bfloat16
+# on a GPU and float32 on a CPU unless told. A UserError says in one line what is wrong with a file.
+
+
+def load_transformer(path, dtype=None, device=None):
+    """PixArt-Σ's transformer from its folder, or from one of the authors' `.pth` files, which need no config."""
+    stored = stored_tensors(path)
+    original = "x_embedder.proj.weight" in stored
+    file = _config_file(path)
+    config = _config_of(stored) if original and not file.exists() else TransformerConfig.from_json(file)
+    names = ORIGINAL_NAMES if original else TRANSFORMER_NAMES
+    return _load(PixArtTransformer, config, path, stored, names, dtype, device)
+
+
+def load_text_encoder(path, dtype=None, device=None):
+    """T5's encoder: `load_text_encoder(folder)(ids, mask) -> (B, L, C)`."""
+    stored = stored_tensors(path)
+    if "shared.weight" not in stored and "encoder.embed_tokens.weight" in stored:
+        stored["shared.weight"] = stored["encoder.embed_tokens.weight"]  # two names for one tensor
+    config = T5Config.from_json(_config_file(path))
+    return _load(T5Encoder, config, path, stored, T5_NAMES, dtype, device)
+
+
+def load_vae(path, dtype=None, device=None):
+    """The autoencoder: `.encode(images) -> scaled latent means`, `.decode(scaled latents) -> images`."""
+    stored = stored_tensors(path)
+    old = any(".query." in name for name in stored)
+    config = VAEConfig.from_json(_config_file(path))
+    return _load(AutoencoderKL, config, path, stored, (OLD_VAE_NAMES if old else []) + VAE_NAMES, dtype, device)
+
+
+def load_tokenizer(folder):
+    """`load_tokenizer(folder)(prompts, max_length=300) -> ids, mask`."""
+    file, settings = Path(folder) / "spiece.model", Path(folder) / "tokenizer_config.json"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; take it from the release (transformers 5 does not write it)")
+    extra_ids = read_json(settings).get("extra_ids", 100) if settings.exists() else 100  # as transformers has it
+    if extra_ids != 0 and not is_whole(extra_ids):
+        raise UserError(f"{settings}: extra_ids is {extra_ids!r}; expected a whole number")
+    return Tokenizer(file, extra_ids)
+
+
+def _config_file(path):
+    path = Path(path)
+    return (path if path.is_dir() else path.parent) / "config.json"
+
+
+def _config_of(stored):
+    """The authors' files carry no config: shapes tell the sizes, heads are 72 wide, the position table has the grid."""
+    file = stored["x_embedder.proj.weight"].file
+    try:
+        width, channels, _, patch = stored["x_embedder.proj.weight"].shape
+        _, positions, _ = stored["pos_embed"].shape  # (1, grid · grid, C)
+        c_out, _ = stored["final_layer.linear.weight"].shape
+        _, c_text = stored["y_embedder.y_proj.fc1.weight"].shape
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file} does not tell its sizes ({error}); put the config.json of its size beside it") from None
+    if width % 72:
+        raise UserError(f"{file} has width {width}, not a multiple of 72; put its config.json beside it")
+    sample_size = patch * math.isqrt(positions)
+    return TransformerConfig(
+        num_layers=sum(name.startswith("blocks.") and name.endswith(".scale_shift_table") for name in stored),
+        num_attention_heads=width // 72,
+        in_channels=channels,
+        out_channels=c_out // patch**2,
+        patch_size=patch,
+        sample_size=sample_size,
+        caption_channels=c_text,
+        cross_attention_dim=width,
+        interpolation_scale=sample_size / 64,
+    )
+
+
+def _load(model_class, config, path, stored, names, dtype, device):
+    device = torch.device(device or "cpu")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    with torch.device("meta"):
+        model = model_class(config)
+    groups = {}  # name in the file -> our names
+    for ours, _ in model.named_parameters():
+        groups.setdefault(rename(ours, names), []).append(ours)
+    _check(model, groups, stored, path)
+    for theirs, group in groups.items():
+        _fill(model, group, stored[theirs], dtype, device)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, left
+    return model.eval()
+
+
+def _check(model, groups, stored, path):
+    """Refuse, before anything is read, weights that are not exactly those of the model."""
+    for name, tensor in stored.items():
+        if name.startswith(PIXART_ALPHA) or any(f".{word}" in name for word in PIXART_ALPHA):
+            raise UserError(f"{tensor.file} holds {name}: this is PixArt-α; give a PixArt-Σ checkpoint")
+    kind = type(model).__name__
+    if missing := [name for name in groups if name not in stored]:
+        raise UserError(f"{path} lacks {_some(missing)} of the {kind} in its config; download both again")
+    if extra := [name for name in stored if name not in groups and name not in IGNORED]:
+        raise UserError(f"{stored[extra[0]].file} holds {_some(extra)}, unknown to the {kind} in its config")
+    parameters = dict(model.named_parameters())
+    for theirs, group in groups.items():
+        tensor, shapes = stored[theirs], [parameters[ours].shape for ours in group]
+        wanted = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+        if list(tensor.shape) != wanted:
+            raise UserError(
+                f"{tensor.file}: {theirs} has shape {list(tensor.shape)}, but its config asks for {wanted}; "
+                "do the two belong together?"
+            )
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{tensor.file}: {theirs} is stored as {tensor.dtype}; give weights in fp32, fp16 or bf16")
+
+
+def _some(names):
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _fill(model, group, tensor, dtype, device):
+    """Read one tensor of a file into the parameters it stands for."""
+    rows = [model.get_parameter(ours).shape[0] for ours in group]
+    for ours, part in zip(group, tensor.read().split(rows)):
+        owner, _, name = ours.rpartition(".")
+        value = part.to(device, dtype, copy=True)  # a copy in any case: what was read may be the mapped file itself
+        setattr(model.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def save_part(model, folder):
+    """Write a model in float32 as diffusers and transformers do: config.json and a safetensors file of their names."""
+    names, file = {
+        PixArtTransformer: (TRANSFORMER_NAMES, "diffusion_pytorch_model.safetensors"),
+        T5Encoder: (T5_NAMES, "model.safetensors"),
+        AutoencoderKL: (VAE_NAMES, "diffusion_pytorch_model.safetensors"),
+    }[type(model)]
+    with torch.device("meta"):
+        own = type(model)(model.config).state_dict().keys()
+    if strange := model.state_dict().keys() ^ own:
+        raise UserError(f"the {type(model).__name__} differs from its config in {min(strange)}; detach adapters first")
+    tensors = {rename(k, names): v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
+    with replacing(Path(folder) / file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    with replacing(Path(folder) / "config.json") as temporary:
+        temporary.write_text(model.config.to_json(), encoding="utf-8")
+
+
+MODEL_INDEX = {
+    "_class_name": "PixArtSigmaPipeline",
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "PixArtTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save_index(folder):
+    """The small files that make a folder of parts a pipeline: model_index.json, scheduler and tokenizer settings.
+
+    The tokenizer itself, a spiece.model without T5's 100 extra ids, is to be put into tokenizer/.
+    """
+    tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": [],
+                 "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 300}  # fmt: skip
+    files = {
+        "model_index.json": json.dumps(MODEL_INDEX, indent=2) + "\n",
+        "tokenizer/tokenizer_config.json": json.dumps(tokenizer, indent=2) + "\n",
+        "scheduler/scheduler_config.json": SchedulerConfig().to_json(),
+    }
+    for name, text in files.items():
+        with replacing(Path(folder) / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

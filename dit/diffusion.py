@@ -1,0 +1,76 @@
+"""Noise on latents, and the way back: the schedule, the training loss and DPM-Solver++(2M) (Lu et al., 2022).
+
+A latent with noise is  x_t = α_t x_0 + σ_t ε  with  α_t² + σ_t² = 1.  The model predicts ε.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from dit.config import SchedulerConfig
+from sparsecode.common import UserError
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept must serve training too
+def alphas_sigmas(config: SchedulerConfig):
+    """α_t and σ_t of every training timestep, (1000,) each, in float32; the betas rise linearly."""
+    steps = config.num_train_timesteps
+    betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32, device="cpu")  # β_t
+    alpha_bar = torch.cumprod(1 - betas, dim=0)  # α_t²
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def add_noise(latents, noise, timesteps, config=SchedulerConfig()):
+    """x_t = α_t x_0 + σ_t ε for latents and noise (B, 4, h, w) and timesteps (B,), int64."""
+    alpha, sigma = (table.to(latents)[timesteps].view(-1, 1, 1, 1) for table in alphas_sigmas(config))
+    return alpha * latents + sigma * noise
+
+
+def noise_error(model, latents, timesteps, noise, text, text_mask, config=SchedulerConfig()):
+    """Mean squared error of the predicted noise for each picture, (B,): its mean is the training loss."""
+    noisy = add_noise(latents, noise, timesteps, config)  # (B, 4, h, w)
+    predicted = model(noisy, timesteps, text, text_mask)[:, : latents.shape[1]]  # drop the variance channels
+    return F.mse_loss(predicted.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
+
+
+def sampling_timesteps(steps, config=SchedulerConfig()):
+    """`steps` timesteps from 999 down, evenly spaced and rounded; 20 steps visit 999, 949, …, 500, …, 50."""
+    if not 1 <= steps < config.num_train_timesteps:
+        raise UserError(f"{steps} sampling steps; expected 1 to {config.num_train_timesteps - 1}")
+    spaced = torch.linspace(0, config.num_train_timesteps - 1, steps + 1, dtype=torch.float64)
+    return spaced.round().long().flip(0)[:-1]  # (steps,)
+
+
+def dpm_solver(predict_noise, latents, steps, config=SchedulerConfig()):
+    """Yield (timestep, x, x_0) after each step, from pure noise `latents` to the picture.
+
+    DPM-Solver++(2M): in λ = log(α/σ), with h = λ_t − λ_s for a step from s to t and r = h_previous / h,
+
+        D   = x_0(s) + (x_0(s) − x_0(s_previous)) / 2r
+        x_t = (σ_t/σ_s) x_s − α_t (e^{−h} − 1) D
+
+    x_0 is the model's guess of the clean latents. The first and the last step use D = x_0(s) (first order); the last
+    goes to σ = 0, where x = x_0.
+
+    predict_noise(x (B, 4, h, w), timestep int) -> ε (B, 4, h, w)
+    """
+    alphas, sigmas = alphas_sigmas(config)
+    timesteps = sampling_timesteps(steps, config).tolist()
+    x, x0_previous, lambda_previous = latents.float(), None, None
+    for i, t in enumerate(timesteps):
+        alpha, sigma = alphas[t].to(x), sigmas[t].to(x)
+        x0 = (x - sigma * predict_noise(x.to(latents.dtype), t).float()) / alpha
+        if i + 1 == len(timesteps):
+            yield t, x0, x0
+            return
+        alpha_next, sigma_next = alphas[timesteps[i + 1]].to(x), sigmas[timesteps[i + 1]].to(x)
+        lam, lambda_next = torch.log(alpha / sigma), torch.log(alpha_next / sigma_next)
+        h = lambda_next - lam
+        direction = x0
+        if x0_previous is not None:
+            direction = x0 + (x0 - x0_previous) * h / (2 * (lam - lambda_previous))
+        x = sigma_next / sigma * x - alpha_next * torch.expm1(-h) * direction
+        x0_previous, lambda_previous = x0, lam
+        yield t, x, x0

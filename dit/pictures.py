@@ -1,0 +1,89 @@
+"""Pictures in and out: any file that PIL reads -> RGB, tensors <-> PIL images, and labelled grids of results."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from sparsecode.common import UserError, replacing
+
+SMALLEST = 16  # pixels; a smaller picture is a mistake rather than a motif
+
+
+def open_picture(path):
+    """A picture file as an RGB image, upright. Grey, palette, transparent (onto white), 16-bit and CMYK are converted.
+
+    UserError for a file that is no picture, is cut short, or is smaller than 16 pixels along a side.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(image)  # decodes the pixels
+    except Exception as error:  # PIL's decoders raise whatever their format does
+        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error}); replace it") from None
+    if min(image.size) < SMALLEST:
+        raise UserError(f"{path} is {image.width}×{image.height} pixels; give one of at least {SMALLEST}×{SMALLEST}")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip
+        values = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def square(image, side):
+    """The middle of a picture, side × side pixels."""
+    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+
+
+def to_pil(images):
+    """Images (B, 3, H, W) in [-1, 1] -> list of PIL images."""
+    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_tensor(images):
+    """PIL images of one size -> (B, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def grid(rows, side=128):
+    """One picture out of rows of (label, list of PIL images): each row under its label, each image side × side."""
+    gap, font = 8, ImageFont.load_default(13)
+    columns = max(len(images) for _, images in rows)
+    width = gap + columns * (side + gap)
+    lines = [_wrap(label, font, width - 2 * gap) for label, _ in rows]
+    heights = [gap + 17 * len(text) + side for text in lines]
+    canvas = Image.new("RGB", (width, sum(heights) + gap), "white")
+    pen, y = ImageDraw.Draw(canvas), 0
+    for text, (_, images), height in zip(lines, rows, heights):
+        pen.multiline_text((gap, y + gap), "\n".join(text), fill="black", font=font, spacing=4)
+        for column, image in enumerate(images):
+            sharp = Image.Resampling.NEAREST if max(image.size) < side else Image.Resampling.LANCZOS
+            fitted = ImageOps.contain(image, (side, side), sharp)
+            canvas.paste(fitted, (gap + column * (side + gap), y + height - side))
+        y += height
+    return canvas
+
+
+def _wrap(label, font, width):
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = lines[:-1] + [longer] if not lines[-1] or font.getlength(longer) <= width else [*lines, word]
+    return lines
+
+
+def check_picture_path(path):
+    """UserError now rather than after minutes of work, if PIL cannot write a picture of that name."""
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path} does not end like a picture; name it something.png")
+
+
+def save_picture(image, path):
+    with replacing(path) as temporary:
+        image.save(temporary)

@@ -1,0 +1,222 @@
+"""Five characters that the tiny model has never seen, to fine-tune it on: robot, owl, cat, rocket and snail.
+
+A character is a list of parts, painted from back to front. A part is (polygons, rgb) in [-1, 1]², as `paint`
+of dit.scenes takes them. Each character has five pictures that differ in background, place and size.
+
+    draw_subject("owl", "blue", "top left", 0.25)       ->  PIL image, 256 × 256
+    subject_caption("owl", "blue", "top left")          ->  "an owl at the top left on a blue background"
+    python -m dit.subjects --out lessons/data/subjects  ->  robot/01.png, robot/01.txt, … snail/05.txt
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from dit.scenes import PLACES, SENTENCES_WITH_PLACE, SUPERSAMPLE, draw_background, outline, paint
+from sparsecode.common import replacing
+
+# ---- polygons -----------------------------------------------------------------------------------------
+
+CIRCLE = outline("ring")[0]  # of radius 1
+
+
+def oval(x, y, rx, ry=None):
+    return CIRCLE * (rx, ry or rx) + (x, y)
+
+
+def box(x, y, rx, ry):
+    """A rectangle with round corners: a circle pushed towards its square."""
+    return np.sign(CIRCLE) * np.abs(CIRCLE) ** 0.35 * (rx, ry) + (x, y)
+
+
+def shape(kind, x, y, r):
+    return outline(kind)[0] * np.array(r) + (x, y)
+
+
+def arc(x, y, r, start, end, grow=0.0):
+    """Points on a circle from angle to angle, in turns clockwise from the right; with `grow`, on a spiral."""
+    t = np.linspace(start, end, 48)
+    r = r + grow * (t - start)
+    return np.stack([x + r * np.cos(2 * np.pi * t), y + r * np.sin(2 * np.pi * t)], 1)
+
+
+def stroke(points, width):
+    """A line through the points, as a polygon of that width (one number, or one for each point)."""
+    points = np.asarray(points, float)
+    along = np.gradient(points, axis=0)
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    across = along[:, ::-1] * (-1, 1) * np.reshape(width, (-1, 1)) / 2
+    return np.concatenate([points + across, (points - across)[::-1]])
+
+
+def between(polygon, top, bottom):
+    """The slice of a polygon without hollows between two heights."""
+    return polygon[(polygon[:, 1] > top) & (polygon[:, 1] < bottom)]
+
+
+def pair(polygons, rgb):
+    """A part and its mirror image."""
+    return [(polygons, rgb), ([np.multiply(p, (-1, 1)) for p in polygons], rgb)]
+
+
+# ---- characters ---------------------------------------------------------------------------------------
+
+INK, WHITE, CREAM = (30, 30, 40), (250, 250, 250), (250, 226, 180)
+RED, ORANGE, YELLOW, PINK = (220, 44, 48), (245, 130, 30), (255, 210, 50), (245, 140, 165)
+TEAL, NAVY, BROWN, BARK, COAL = (40, 176, 176), (30, 44, 84), (150, 92, 50), (108, 62, 34), (66, 66, 84)
+BLUE, SKY, LEAF, MINT = (44, 92, 200), (140, 205, 245), (150, 205, 60), (120, 220, 90)
+MAGENTA, ROSE = (205, 45, 125), (250, 170, 200)
+
+HULL = between(oval(0, -0.1, 0.52, 0.9), -2, 0.62)
+TAIL = np.linspace((-0.97, 0.9), (0.2, 0.78), 24)
+SLUG = np.concatenate([TAIL, arc(0.3, 0.4, 0.38, 0.25, 0), [(0.68, 0.0)]])  # the middle line of the snail
+
+SUBJECTS = {
+    "robot": [
+        ([stroke([(0, -0.6), (0, -0.85)], 0.12)], COAL),
+        ([oval(0, -0.84, 0.15)], RED),
+        *pair([stroke([(0.4, 0.3), (0.78, 0.55)], 0.2)], COAL),
+        *pair([oval(0.78, 0.55, 0.17)], ORANGE),
+        *pair([box(0.27, 0.85, 0.21, 0.14)], ORANGE),
+        *pair([box(0.78, -0.28, 0.18, 0.2)], ORANGE),
+        ([box(0, 0.44, 0.52, 0.38)], TEAL),
+        ([shape("heart", 0, 0.47, 0.22)], RED),
+        ([box(0, -0.28, 0.76, 0.44)], TEAL),
+        ([box(0, -0.28, 0.6, 0.31)], NAVY),
+        *pair([oval(0.3, -0.34, 0.17)], YELLOW),
+        ([stroke(arc(0, -0.25, 0.17, 0.08, 0.42), 0.09)], WHITE),
+    ],
+    "owl": [
+        *pair([oval(0.28, 0.9, 0.2, 0.1)], ORANGE),
+        *pair([[(0.2, -0.7), (0.74, -1), (0.76, -0.3)]], BROWN),
+        ([oval(0, 0.08, 0.8, 0.86)], BROWN),
+        ([oval(0, 0.42, 0.5, 0.48)], CREAM),
+        *pair([oval(0.72, 0.3, 0.2, 0.5)], BARK),
+        *pair([oval(0.36, -0.28, 0.4)], WHITE),
+        *pair([oval(0.33, -0.28, 0.26)], INK),
+        *pair([oval(0.26, -0.37, 0.1)], WHITE),
+        ([[(-0.16, -0.12), (0.16, -0.12), (0, 0.2)]], ORANGE),
+    ],
+    "cat": [
+        ([stroke(arc(0.5, 0.36, 0.38, 0.3, -0.35), 0.22)], COAL),
+        ([oval(0, 0.5, 0.5, 0.48)], COAL),
+        ([oval(0, 0.5, 0.24, 0.34)], WHITE),
+        *pair([oval(0.24, 0.88, 0.2, 0.11)], WHITE),
+        *pair([[(0.1, -0.6), (0.6, -1), (0.74, -0.2)]], COAL),
+        *pair([[(0.34, -0.64), (0.57, -0.82), (0.62, -0.5)]], PINK),
+        ([oval(0, -0.26, 0.78, 0.5)], COAL),
+        ([oval(0, -0.02, 0.34, 0.22)], WHITE),
+        *pair([oval(0.36, -0.34, 0.23)], MINT),
+        *pair([oval(0.36, -0.34, 0.12, 0.19)], INK),
+        *pair([oval(0.33, -0.41, 0.07)], WHITE),
+        ([[(-0.11, -0.12), (0.11, -0.12), (0, 0.02)]], PINK),
+        ([oval(0, 0.3, 0.12)], YELLOW),
+    ],
+    "rocket": [
+        ([[(-0.34, 0.6), (0.34, 0.6), (0.22, 0.84), (0, 1), (-0.22, 0.84)]], ORANGE),
+        ([[(-0.2, 0.6), (0.2, 0.6), (0, 0.88)]], YELLOW),
+        *pair([[(0.4, 0.0), (0.78, 0.42), (0.8, 0.86), (0.3, 0.56)]], RED),
+        ([HULL], WHITE),
+        ([between(HULL, -2, -0.5)], RED),
+        ([between(HULL, 0.42, 2)], BLUE),
+        ([oval(0, -0.04, 0.42)], SKY),
+        *pair([oval(0.18, -0.13, 0.08, 0.11)], INK),
+        ([stroke(arc(0, 0.02, 0.16, 0.06, 0.44), 0.04)], INK),
+    ],
+    "snail": [
+        ([stroke([(0.62, -0.2), (0.4, -0.75)], 0.13)], LEAF),
+        ([stroke([(0.66, -0.2), (0.82, -0.7)], 0.13)], LEAF),
+        ([stroke(SLUG, 0.44 * np.linspace(0, 1, len(SLUG)) ** 0.3)], LEAF),
+        ([oval(0.64, -0.08, 0.34, 0.3)], LEAF),
+        *[([oval(x, y, 0.22)], WHITE) for x, y in [(0.36, -0.74), (0.77, -0.7)]],
+        *[([oval(x, y, 0.11)], INK) for x, y in [(0.41, -0.72), (0.82, -0.68)]],
+        ([stroke(arc(0.7, -0.08, 0.15, 0.06, 0.44), 0.05)], INK),
+        ([oval(-0.3, 0.1, 0.64)], MAGENTA),
+        ([stroke(arc(-0.3, 0.1, 0.06, 0, 1.75, grow=0.24), 0.14)], ROSE),
+    ],
+}
+
+# The five pictures of each: background, place, radius. The first is a large portrait in the middle.
+PICTURES = {
+    "robot": [
+        ("orange", "centre", 0.34),
+        ("blue", "top left", 0.26),
+        ("purple", "bottom right", 0.22),
+        ("white", "top right", 0.24),
+        ("red", "bottom left", 0.30),
+    ],
+    "owl": [
+        ("blue", "centre", 0.35),
+        ("green", "top right", 0.27),
+        ("yellow", "bottom left", 0.22),
+        ("purple", "top left", 0.31),
+        ("white", "bottom right", 0.25),
+    ],
+    "cat": [
+        ("green", "centre", 0.36),
+        ("yellow", "bottom right", 0.30),
+        ("orange", "top left", 0.23),
+        ("blue", "bottom left", 0.27),
+        ("red", "top right", 0.21),
+    ],
+    "rocket": [
+        ("black", "centre", 0.33),
+        ("blue", "top right", 0.28),
+        ("green", "bottom left", 0.25),
+        ("yellow", "top left", 0.21),
+        ("orange", "bottom right", 0.31),
+    ],
+    "snail": [
+        ("yellow", "centre", 0.32),
+        ("purple", "bottom left", 0.27),
+        ("blue", "bottom right", 0.23),
+        ("black", "top left", 0.25),
+        ("orange", "top right", 0.30),
+    ],
+}
+
+
+def draw_subject(name, background, place, radius, size=256):
+    """The character on a plain background; `radius`, half its height, is in units of the picture.
+
+    Where it would stick out of the picture, it is moved in by as much as it needs.
+    """
+    canvas = draw_background(background, "plain", size * SUPERSAMPLE)
+    room = radius + 0.02  # for the rim
+    centre = np.clip(PLACES[place], room, 1 - room)
+    for polygons, rgb in SUBJECTS[name]:
+        paint(canvas, polygons, rgb, centre, radius)
+    return canvas.reduce(SUPERSAMPLE)
+
+
+def subject_caption(name, background, place):
+    where = "in the middle" if place == "centre" else f"at the {place}"
+    things, background = f"{_article(name)} {name} {where}", f"{_article(background)} {background} background"
+    return SENTENCES_WITH_PLACE[0].format(things=things, background=background)
+
+
+def _article(word):
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def write_subjects(folder):
+    """<folder>/<name>/01.png and 01.txt to 05.png and 05.txt for each subject."""
+    for name, pictures in PICTURES.items():
+        for i, (background, place, radius) in enumerate(pictures, 1):
+            path = Path(folder) / name / f"{i:02}.png"
+            with replacing(path) as temporary:
+                draw_subject(name, background, place, radius).save(temporary, optimize=True)
+            with replacing(path.with_suffix(".txt")) as temporary:
+                temporary.write_bytes(f"{subject_caption(name, background, place)}\n".encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="folder for the pictures and captions")
+    args = parser.parse_args()
+    write_subjects(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The text side of PixArt-Σ: T5's tokenizer (sentencepiece) and the encoder half of T5 v1.1 (Raffel et al., 2020)."""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dit.config import T5Config
+from sparsecode.attention import merge_heads, split_heads
+from sparsecode.common import UserError
+
+PAD, EOS, UNK = 0, 1, 2
+
+
+def clean_caption(text):
+    """What training and sampling both do to a caption. More cleaning (as diffusers does with bs4) would eat `<v>`."""
+    return text.lower().strip()
+
+
+class Tokenizer:
+    """sentencepiece, and the special tokens, which a prompt can spell out just as in transformers' T5Tokenizer.
+
+    `extra_ids` tokens <extra_id_0>, <extra_id_1>, … stand after the vocabulary, in reverse (the released T5 has 100).
+    """
+
+    def __init__(self, model_file, extra_ids=0):
+        import sentencepiece  # here, so that the model can be used without it
+
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError):
+            raise UserError(f"{model_file} is not a sentencepiece model; download it again") from None
+        if (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()) != (PAD, EOS, UNK):
+            raise UserError(f"{model_file} is not a tokenizer of T5: pad, end and unknown must be tokens 0, 1 and 2")
+        last = self.pieces.get_piece_size() + extra_ids - 1
+        self.special = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}
+        self.special |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
+        self.special_text = re.compile(f"({'|'.join(self.special)})")
+
+    def encode(self, prompt):
+        """The token ids of one prompt, without an end token."""
+        tokens = []
+        for part in self.special_text.split(prompt.replace("\x85", " ")):  # the one space that sentencepiece keeps
+            tokens += [self.special[part]] if part in self.special else self.pieces.encode(part)
+        return tokens
+
+    def __call__(self, prompts, max_length=300):
+        """A list of B prompts -> ids (B, max_length) and mask (B, max_length), both int64; longer prompts are cut."""
+        if isinstance(prompts, str):
+            raise UserError(f"prompts must be a list of str, not the single str {prompts!r}")
+        ids = torch.full((len(prompts), max_length), PAD)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            tokens = self.encode(prompt)[: max_length - 1] + [EOS]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        variance = x.float().pow(2).mean(-1, keepdim=True)  # (..., 1), in float32 whatever x is
+        return self.weight * (x * torch.rsqrt(variance + self.eps)).to(self.weight.dtype)  # (..., C)
+
+
+class T5Block(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        width, inner = config.d_model, config.d_kv * config.num_heads  # inner need not equal width
+        self.heads = config.num_heads
+        self.norm_1 = RMSNorm(width, config.layer_norm_epsilon)
+        self.q = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(width, inner, bias=False)
+        self.v = nn.Linear(width, inner, bias=False)
+        self.o = nn.Linear(inner, width, bias=False)
+        self.norm_2 = RMSNorm(width, config.layer_norm_epsilon)
+        self.wi_0 = nn.Linear(width, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(width, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, width, bias=False)
+
+    def forward(self, x, bias):
+        """x (B, L, C), bias (B, H, L, L) added to the attention logits -> (B, L, C)."""
+        h = self.norm_1(x)  # (B, L, C)
+        q, k, v = (split_heads(project(h), self.heads) for project in (self.q, self.k, self.v))  # (B, H, L, d_kv)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # T5 does not divide by √d
+        x = x + self.o(merge_heads(out))  # (B, H, L, d_kv) -> (B, L, C)
+        h = self.norm_2(x)  # (B, L, C)
+        return x + self.wo(F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h))  # (B, L, C)
+
+
+class T5Encoder(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def forward(self, ids, mask):
+        """Token ids (B, L) and mask (B, L), 1 at real tokens -> text embedding (B, L, C)."""
+        x = self.embed(ids)  # (B, L) -> (B, L, C)
+        bias = self.position_bias(ids.shape[1]).to(x.dtype)  # (H, L, L), shared by all blocks
+        bias = bias.masked_fill(~mask.bool()[:, None, None, :], torch.finfo(x.dtype).min)  # (B, H, L, L)
+        for block in self.blocks:
+            x = block(x, bias)  # (B, L, C)
+        return self.final_norm(x)  # (B, L, C)
+
+    def position_bias(self, length):
+        """One learned number for each head and bucket of distances, exact near by and logarithmic far away."""
+        buckets, longest = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
+        position = torch.arange(length, device=self.embed.weight.device)
+        distance = position[None, :] - position[:, None]  # (L, L): key minus query
+        half, exact = buckets // 2, buckets // 4
+        far = torch.log(distance.abs().clamp(min=1) / exact) / math.log(longest / exact) * (half - exact)
+        far = (exact + far.long()).clamp(max=half - 1)  # (L, L)
+        bucket = torch.where(distance.abs() < exact, distance.abs(), far) + half * (distance > 0)  # (L, L)
+        return self.relative_attention_bias(bucket).permute(2, 0, 1)  # (L, L, H) -> (H, L, L)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig, is_whole, read_json
 from dit.t5 import T5Encoder, Tokenizer
@@ -242,7 +243,7 @@ def _config_of(stored):
         c_out, _ = stored["final_layer.linear.weight"].shape
         _, c_text = stored["y_embedder.y_proj.fc1.weight"].shape
     except (KeyError, ValueError) as error:
-        raise UserError(f"{file} does not tell its sizes ({error}); put the config.json of its size beside it") from None
+        raise UserError(f"{file} does not tell its sizes ({error}); put its config.json beside it") from None
     if width % 72:
         raise UserError(f"{file} has width {width}, not a multiple of 72; put its config.json beside it")
     sample_size = patch * math.isqrt(positions)
@@ -262,8 +263,7 @@ def _config_of(stored):
 def _load(model_class, config, path, stored, names, dtype, device):
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    with torch.device("meta"):
-        model = model_class(config)
+    model = _skeleton(model_class, config)
     groups = {}  # name in the file -> our names
     for ours, _ in model.named_parameters():
         groups.setdefault(rename(ours, names), []).append(ours)
@@ -273,6 +273,21 @@ def _load(model_class, config, path, stored, names, dtype, device):
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
     return model.eval()
+
+
+class _NotRandom(TorchFunctionMode):
+    """Leaves out the normal numbers of new weights: on the meta device they import torch's compiler, 3 s and 150 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def _skeleton(model_class, config):
+    """A model whose tensors have shapes but no memory."""
+    with torch.device("meta"), _NotRandom():
+        return model_class(config)
 
 
 def _check(model, groups, stored, path):
@@ -321,9 +336,7 @@ def save_part(model, folder):
         T5Encoder: (T5_NAMES, "model.safetensors"),
         AutoencoderKL: (VAE_NAMES, "diffusion_pytorch_model.safetensors"),
     }[type(model)]
-    with torch.device("meta"):
-        own = type(model)(model.config).state_dict().keys()
-    if strange := model.state_dict().keys() ^ own:
+    if strange := model.state_dict().keys() ^ _skeleton(type(model), model.config).state_dict().keys():
         raise UserError(f"the {type(model).__name__} differs from its config in {min(strange)}; detach adapters first")
     tensors = {rename(k, names): v.detach().float().cpu().contiguous() for k, v in model.state_dict().items()}
     with replacing(Path(folder) / file) as temporary:

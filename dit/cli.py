@@ -1,14 +1,46 @@
-"""What the commands share: arguments that pick a model, and mistakes of the user's as one line with status 2."""
+"""What the commands share: the arguments that pick a model, checks of numbers, and mistakes as one line with status 2."""
 
+import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from dit import parallel
 from sparsecode.common import UserError
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as all other mistakes are reported: without the usage in front of it."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def whole(text):
+    """For argparse: a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def seed(text):
+    """For argparse: what random numbers start from, 0 or more."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive(text):
+    """For argparse: a number above 0, and not infinite."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return float(text)
 
 
 def add_model_arguments(parser):
@@ -23,7 +55,7 @@ def load_pipeline(args):
 
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {args.device} cannot be used ({reason}); try --device cpu") from None
@@ -31,11 +63,13 @@ def load_pipeline(args):
 
 
 def run(main):
-    """Call `main()`; print a mistake of the user's as one line and exit with status 2."""
+    """Call `main()`; print a mistake, or a file that cannot be read or written, as one line and exit with status 2."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        parallel.stop()
+    except (UserError, OSError, SafetensorError, UnicodeEncodeError) as error:
+        if parallel.rank() == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

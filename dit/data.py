@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from dit.pictures import open_picture, square, to_tensor
+from dit.parallel import bar_off
+from dit.pictures import SUFFIXES, open_picture, square, to_tensor
 from sparsecode.common import UserError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def find_pictures(paths):
@@ -29,24 +28,44 @@ def find_pictures(paths):
     return files
 
 
-def find_caption(file, prompt=None):
-    """The caption of a picture: `prompt` if given, else name.txt beside it, else its line in metadata.jsonl."""
+def find_captions(files, prompt=None):
+    """The caption of each picture: `prompt` if given, else name.txt beside it, else its line in metadata.jsonl."""
     if prompt is not None:
-        return prompt
+        captions = [prompt for _ in files]
+    else:
+        lines = {}
+        for folder in {file.parent for file in files}:
+            lines |= _read_metadata(folder)
+        captions = [_find_caption(file, lines) for file in files]
+    for file, caption in zip(files, captions):
+        if not caption.strip():
+            raise UserError(f"the caption of {file} is empty; say what the picture shows")
+    return captions
+
+
+def _find_caption(file, lines):
     text = file.with_suffix(".txt")
     if text.exists():
         return _read(text).strip()
-    metadata = file.with_name("metadata.jsonl")
-    if metadata.exists():
-        for number, line in enumerate(_read(metadata).splitlines(), start=1):
-            try:
-                entry = json.loads(line) if line.strip() else {}
-                if entry.get("file_name") == file.name:
-                    return str(entry["text"]).strip()
-            except (json.JSONDecodeError, AttributeError, KeyError):
-                message = 'is not {"file_name": …, "text": …}'
-                raise UserError(f"{metadata} line {number} {message}: {line[:60]!r}; mend the line") from None
+    if file in lines:
+        return lines[file]
     raise UserError(f"{file} has no caption; write it into {text.name} or metadata.jsonl beside it, or give --prompt")
+
+
+def _read_metadata(folder):
+    """{picture file: caption} of a folder's metadata.jsonl, if it has one."""
+    path = folder / "metadata.jsonl"
+    captions = {}
+    for number, line in enumerate(_read(path).split("\n") if path.exists() else [], start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            captions[folder / entry["file_name"]] = entry["text"].strip()
+        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, no object, no such key, no text
+            message = 'is not {"file_name": …, "text": …}'
+            raise UserError(f"{path} line {number} {message}: {line[:60]!r}; mend the line") from None
+    return captions
 
 
 def _read(path):
@@ -58,32 +77,32 @@ def _read(path):
 
 @dataclass
 class Dataset:
-    """n pictures: images (n, 3, H, W) in [-1, 1]; latents (n, 4, h, w) of them and, with `random_flip`, of their mirror
-    images, else None; text (n, L, C) and text_mask (n, L) of their captions."""
+    """What training needs of n pictures.
 
-    images: torch.Tensor
-    captions: list[str]
+    Latents (n, 4, h, w) of the pictures and, for random flips, of their mirror images, else None; embeddings
+    text (n, L, C) and text_mask (n, L) of their captions.
+    """
+
     latents: torch.Tensor
     mirrored: torch.Tensor | None
     text: torch.Tensor
     text_mask: torch.Tensor
 
     def __len__(self):
-        return len(self.captions)
+        return len(self.latents)
 
 
-def load_dataset(pipe, paths, prompt=None, resolution=None, random_flip=False):
-    """Open, crop to a square and encode pictures and captions with the parts of `pipe`."""
-    resolution = resolution or pipe.resolution
-    if resolution <= 0 or resolution % pipe.multiple:
-        raise UserError(f"--resolution {resolution} is not a multiple of {pipe.multiple} pixels")
-    files = find_pictures(paths)
-    captions = [find_caption(file, prompt) for file in files]
-    images = to_tensor([square(open_picture(file), resolution) for file in files])  # (n, 3, H, W)
+def load_images(files, resolution):
+    """The middle square of each picture: (n, 3, resolution, resolution) in [-1, 1]."""
+    return to_tensor([square(open_picture(file), resolution) for file in files])
 
-    def encode(images):
-        bar = tqdm(images.split(1), desc="encoding pictures", disable=None)
+
+def encode(pipe, images, captions, random_flip=False):
+    """Images (n, 3, H, W) in [-1, 1] and their captions, through the autoencoder and T5 of `pipe` -> Dataset"""
+
+    def latents(images):
+        bar = tqdm(images.split(1), desc="encoding pictures", disable=bar_off())
         return torch.cat([pipe.encode_images(image).float() for image in bar])  # (n, 4, h, w)
 
-    text, mask = pipe.encode_prompt(captions)  # (n, L, C), (n, L)
-    return Dataset(images, captions, encode(images), encode(images.flip(3)) if random_flip else None, text, mask)
+    mirrored = latents(images.flip(3)) if random_flip else None
+    return Dataset(latents(images), mirrored, *pipe.encode_prompt(captions))

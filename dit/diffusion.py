@@ -39,7 +39,7 @@ def sampling_timesteps(steps, config=SchedulerConfig()):
     """`steps` timesteps from 999 down, evenly spaced and rounded; 20 steps visit 999, 949, …, 500, …, 50."""
     if not 1 <= steps < config.num_train_timesteps:
         raise UserError(f"{steps} sampling steps; expected 1 to {config.num_train_timesteps - 1}")
-    spaced = torch.linspace(0, config.num_train_timesteps - 1, steps + 1, dtype=torch.float64)
+    spaced = torch.arange(steps + 1, dtype=torch.float64) * ((config.num_train_timesteps - 1) / steps)
     return spaced.round().long().flip(0)[:-1]  # (steps,)
 
 

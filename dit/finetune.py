@@ -6,135 +6,141 @@ Prompt and pictures are encoded once; then only the adapter is trained, on  ‖�
 Writes adapter.safetensors, training.csv, loss.png and before_after.png into --out.
 """
 
-import argparse
 import csv
-import io
 import math
+import os
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from dit import parallel
-from dit.cli import add_model_arguments, load_pipeline, run
-from dit.data import load_dataset
+from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, whole
+from dit.data import encode, find_captions, find_pictures, load_images
 from dit.diffusion import add_noise, noise_error, sampling_timesteps
 from dit.pictures import grid, save_picture, to_pil
-from sparsecode import adapters, attach, record_usage, save_adapter, trainable
+from sparsecode import adapters, attach, detach, record_usage, save_adapter, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, replacing
 
 # The paper's setting on the released weights (Appendix B); a model's own come from its defaults.json.
-DEFAULTS = {"epochs": 15, "repeats": 10, "batch_size": 1, "lr": 1e-4, "density": 0.02, "atoms": 256}
-OUTPUTS = {"adapter.safetensors", "training.csv", "loss.png", "before_after.png", "checkpoint.pt"}
+DEFAULTS = {"epochs": 15, "repeats": 10, "batch_size": 1, "lr": 1e-4, "atoms": 256, "density": 0.02}
+OUTPUTS = ("adapter.safetensors", "training.csv", "loss.png", "before_after.png", "checkpoint.pt")
 SEEDS = (0, 1, 2, 3, 4)  # of the pictures before and after
+SHOWN_CAPTIONS = 3  # of the training pictures' captions, in before_after.png
 
 
-def generator(*numbers):
-    """Random numbers for one purpose, on the CPU: the same wherever and whenever they are drawn."""
-    seed = 0
-    for number in numbers:
-        seed = (seed * 1_000_003 + number) % 2**63
-    return torch.Generator().manual_seed(seed)
+# ---- training ---------------------------------------------------------------------------------------------------
 
 
-def visits(n, epochs, repeats, seed):
-    """Which picture each step of training looks at: every epoch a new order of `repeats` times all n."""
-    orders = [torch.randperm(n * repeats, generator=generator(seed, 0, e)) % n for e in range(epochs)]
-    return torch.cat(orders)  # (epochs · repeats · n,)
+def visiting_order(n, epochs, repeats, seed):
+    """Which picture each visit goes to, (epochs · repeats · n,): every epoch a new order of `repeats` times all n."""
+    orders = [np.random.default_rng([seed, 0, e]).permutation(n * repeats) % n for e in range(epochs)]
+    return np.concatenate(orders)
 
 
-def training_loss(model, data, picks, seed, step):
-    """Mean squared error of the predicted noise for the pictures `picks` (B,), at random timesteps.
+def training_loss(model, data, order, visits, seed):
+    """Mean squared error of the predicted noise over B visits, each with a flip, a timestep and noise of its own.
 
-    All that is random depends on (seed, step, process) alone: a run that goes on after a kill draws what it would have.
+    These depend on the seed and the number of the visit alone. So they stay the same in a run that goes on after a
+    kill, and however the visits are spread over batches and processes.
     """
-    draws = generator(seed, 1, step, parallel.rank())
-    latents = data.latents[picks.to(data.latents.device)]  # (B, 4, h, w)
+    device, dtype = data.text.device, data.text.dtype
+    draws = [np.random.default_rng([seed, 1, visit]) for visit in visits]
+    flip = torch.tensor([rng.random() < 0.5 for rng in draws], device=device)  # (B,)
+    timesteps = torch.tensor([int(rng.integers(1000)) for rng in draws], device=device)  # (B,)
+    noise = np.stack([rng.standard_normal(data.latents.shape[1:], dtype=np.float32) for rng in draws])
+    noise = torch.from_numpy(noise).to(device)  # (B, 4, h, w)
+    picks = torch.from_numpy(order[list(visits)]).to(device)  # (B,)
+    latents = data.latents[picks]  # (B, 4, h, w)
     if data.mirrored is not None:
-        flip = (torch.rand(len(picks), generator=draws) < 0.5).to(latents.device)
-        latents = torch.where(flip[:, None, None, None], data.mirrored[picks.to(latents.device)], latents)
-    t = torch.randint(0, 1000, (len(picks),), generator=draws).to(latents.device)  # (B,)
-    noise = torch.randn(latents.shape, generator=draws).to(latents.device)  # (B, 4, h, w)
-    text, mask = data.text[picks.to(data.text.device)], data.text_mask[picks.to(data.text.device)]
-    return noise_error(model, latents.to(text.dtype), t, noise.to(text.dtype), text, mask).mean()
+        latents = torch.where(flip[:, None, None, None], data.mirrored[picks], latents)
+
+    def predict(noisy, *rest):
+        return model(noisy.to(dtype), *rest)
+
+    return noise_error(predict, latents, timesteps, noise, data.text[picks], data.text_mask[picks]).mean()
 
 
-def train(model, data, args, checkpoint):
-    """AdamW on the adapters of `model`; returns the loss of every step. Goes on from `checkpoint` if it exists."""
+def train(model, data, args, state, file):
+    """AdamW on the adapters of `model`, from the checkpoint `state` on if there is one; returns the loss of every step.
+
+    A checkpoint is written to `file` once its weights have proved good: they gave a loss that is a number.
+    """
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    order = visits(len(data), args.epochs, args.repeats, args.seed)
+    order = visiting_order(len(data), args.epochs, args.repeats, args.seed)
     per_step = args.batch_size * args.gradient_accumulation * parallel.world_size()
     steps = math.ceil(len(order) / per_step)
-    order = order.repeat(2 + per_step // len(order))[: steps * per_step]  # the last step is as full as the others
-    losses = load_checkpoint(checkpoint, model, optimizer, args) if checkpoint.exists() else []
-    bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), disable=bar_off(), mininterval=1)
+    order = np.resize(order, steps * per_step)  # begins again, so that the last step is as full as the others
+    losses = restore(model, optimizer, state) if state else []
+    bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), disable=parallel.bar_off())
     for step in bar:
-        mine = order[step * per_step : (step + 1) * per_step][parallel.rank() :: parallel.world_size()]
+        visits = range(step * per_step, (step + 1) * per_step)[parallel.rank() :: parallel.world_size()]
         optimizer.zero_grad()
-        total = 0.0
-        for part, picks in enumerate(mine.split(args.batch_size)):
-            loss = training_loss(model, data, picks, args.seed, step * args.gradient_accumulation + part)
-            (loss * len(picks) / len(mine)).backward()
-            total += loss.item() * len(picks) / len(mine)
-        parallel.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # (the same in every process, as are the gradients)
-        if not math.isfinite(norm):
-            kept = f"{checkpoint} holds step {saved}" if (saved := saved_step(checkpoint)) else "nothing was kept"
-            raise UserError(f"the loss became {total} at step {step}; {kept}. Try a smaller --lr than {args.lr}")
+        total = torch.zeros(1, device=data.text.device)
+        for start in range(0, len(visits), args.batch_size):
+            batch = visits[start : start + args.batch_size]
+            loss = training_loss(model, data, order, batch, args.seed) / args.gradient_accumulation
+            loss.backward()
+            total += loss.detach()
+        parallel.average([total, *(p.grad for p in parameters)])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            kept = f"{file} keeps an earlier step" if file.exists() else "nothing was kept"
+            raise UserError(f"the loss became {total.item()} at step {step}; {kept}; try a smaller --lr than {args.lr}")
+        if step > 0 and step % args.checkpoint_every == 0:
+            save_checkpoint(file, model, optimizer, losses, args)
         optimizer.step()
-        losses.append(total)
-        bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}")
-        if (step + 1) % args.checkpoint_every == 0 or step + 1 == steps:
-            save_checkpoint(checkpoint, model, optimizer, losses, args)
+        losses.append(total.item())
+        bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", refresh=False)
+    save_checkpoint(file, model, optimizer, losses, args)
     return losses
-
-
-def bar_off():
-    """For tqdm's `disable`: quiet when not on a terminal, and in all processes but the first."""
-    return True if parallel.rank() else None
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
 
-def settings(args):
-    """What a run must not change when it goes on."""
-    skip = {"out", "resume", "device", "checkpoint_every", "validation_prompt"}
-    return {name: str(value) for name, value in sorted(vars(args).items()) if name not in skip}
-
-
 def save_checkpoint(file, model, optimizer, losses, args):
     if parallel.rank() == 0:
-        state = {name: adapter.state_dict() for name, adapter in adapters(model).items()}
-        everything = {"adapters": state, "optimizer": optimizer.state_dict(), "losses": losses}
-        with replacing(file) as temporary:
-            torch.save({**everything, "settings": settings(args)}, temporary)
+        weights = {name: adapter.state_dict() for name, adapter in adapters(model).items()}
+        state = {"adapters": weights, "optimizer": optimizer.state_dict(), "losses": losses, "settings": args.settings}
+        with replacing(file) as temporary, open(temporary, "wb") as opened:
+            torch.save(state, opened)
 
 
-def read_checkpoint(file):
+def read_checkpoint(file, settings):
+    """The state in a checkpoint; UserError if it cannot be read or is that of a run with other settings."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        then = state["settings"]
+    except Exception as error:  # torch raises many kinds
         reason = type(error).__name__
         raise UserError(f"{file} cannot be read as a checkpoint ({reason}); remove it to start again") from None
+    for name, value in settings.items():
+        if then.get(name) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{file} belongs to a run with {option} {then.get(name)}, not {value}; use another --out")
+    return state
 
 
-def saved_step(file):
-    return len(read_checkpoint(file)["losses"]) if file.exists() else 0
-
-
-def load_checkpoint(file, model, optimizer, args):
-    state = read_checkpoint(file)
-    now = settings(args)
-    changed = [f"{k} was {v}, is {now.get(k)}" for k, v in state["settings"].items() if v != now.get(k)]
-    if changed:
-        raise UserError(f"{file} belongs to a run with other settings: {'; '.join(changed)}; use another --out")
+def restore(model, optimizer, state):
+    """Put a checkpoint's weights and moments in place; returns the losses up to there."""
     for name, adapter in adapters(model).items():
         adapter.load_state_dict(state["adapters"][name])
     optimizer.load_state_dict(state["optimizer"])
     return state["losses"]
+
+
+def describe(args, pipe, images, captions):
+    """What a run must not change when it goes on: {name: text}."""
+    free = {"out", "resume", "device", "checkpoint_every", "validation_prompt", "prompt"}
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["images"] = f"{len(images)} pictures, checksum {zlib.crc32(images.numpy())}, captions {captions}"
+    settings |= {"weights": pipe.folder.resolve(), "dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
+    return {name: str(value) for name, value in settings.items()}
 
 
 # ---- after training ---------------------------------------------------------------------------------------------
@@ -143,37 +149,13 @@ def load_checkpoint(file, model, optimizer, args):
 @torch.no_grad()
 def measure_usage(model, data, seed):
     """Record how much each atom is used, on the training pictures at ten timesteps: what `keep_atoms` ranks by."""
+    rng = np.random.default_rng([seed, 2])
     with record_usage(model):
-        for t in sampling_timesteps(10).tolist():
-            for i in range(len(data)):
-                latents = data.latents[i : i + 1].to(data.text.dtype)
-                noise = torch.randn(latents.shape, generator=generator(seed, 2, t, i)).to(latents)
-                timesteps = torch.full((1,), t, device=latents.device)
-                noisy = add_noise(latents, noise, timesteps)
-                length = int(data.text_mask[i].sum())
-                model(noisy, timesteps, data.text[i : i + 1, :length], data.text_mask[i : i + 1, :length])
-
-
-def plot_losses(losses, path):
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    window = max(1, len(losses) // 20)
-    smooth = [
-        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))
-    ]
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot(losses, alpha=0.25, label="each step")
-    axes.plot(smooth, label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="squared error of the noise", title="training loss", yscale="log")
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        for t in sampling_timesteps(10):
+            for latents, text, mask in zip(data.latents.split(1), data.text.split(1), data.text_mask.split(1)):
+                noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(latents)
+                timesteps = t.view(1).to(latents.device)
+                model(add_noise(latents, noise, timesteps).to(text.dtype), timesteps, text, mask)
 
 
 def write_csv(losses, path):
@@ -183,119 +165,161 @@ def write_csv(losses, path):
         rows.writerows((step, f"{loss:.6f}") for step, loss in enumerate(losses))
 
 
+def plot_losses(losses, path):
+    from matplotlib.figure import Figure
+
+    window = max(1, len(losses) // 20)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(losses, alpha=0.25, label="each step")
+    axes.plot(range(window - 1, len(losses)), smooth, label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="squared error of the noise", title="training loss", yscale="log")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def draw_prompts(pipe, prompts, resolution):
+    """A list of pictures for each prompt, one for each of SEEDS."""
+    noise = pipe.noise(SEEDS, resolution, resolution)  # (5, 4, h, w)
+    return [pipe.generate([prompt] * len(SEEDS), latents=noise) for prompt in prompts]
+
+
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m dit.finetune", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dit.finetune", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     add = parser.add_argument
-    add("--images", nargs="+", required=True, help="a folder of pictures, or files; captions in name.txt beside them")
+    add("--images", nargs="+", required=True, metavar="PATH", help="a folder or files; captions in name.txt beside")
     add("--prompt", help="caption of all pictures, instead of files")
     add("--method", choices=METHODS, default="sparse")
     add("--atoms", type=int, help="M, the atoms beside each attention")
     add("--density", type=float, help="ρ, the share of atoms that a token uses")
-    add("--threshold", choices=("top_k", "soft", "relu"), default="top_k")
+    add("--threshold", choices=("top_k", "soft", "relu"), help="σ (top_k)")
     add("--lam", type=float, help="λ of --threshold soft or relu")
-    add("--order", choices=("before", "after"), default="before", help="σ before the attention mixes (§3.4) or after")
+    add("--order", choices=("before", "after"), help="σ before the attention mixes (§3.4, the default) or after (Eq. 8)")
     add("--target", default="attn1", help="regular expression for the attentions to adapt")
-    add("--epochs", type=int)
-    add("--repeats", type=int, help="how often an epoch visits each picture")
-    add("--batch-size", type=int)
-    add("--gradient-accumulation", type=int, default=1, help="batches for each step of the optimizer")
-    add("--lr", type=float)
-    add("--resolution", type=int, help="side of the training pictures in pixels")
+    add("--epochs", type=whole)
+    add("--repeats", type=whole, help="how often an epoch visits each picture")
+    add("--batch-size", type=whole, help="of each process")
+    add("--gradient-accumulation", type=whole, default=1, help="batches for each step of the optimizer")
+    add("--lr", type=positive)
+    add("--resolution", type=whole, help="side of the training pictures in pixels")
     add("--random-flip", action="store_true", help="train on mirror images as well")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed, default=0)
     add("--out", type=Path, help="folder for the results (runs/NAME)")
-    add("--validation-prompt", nargs="+", default=[], help="more prompts to draw before and after")
-    add("--checkpoint-every", type=int, default=100, help="steps")
+    add("--validation-prompt", nargs="+", default=[], metavar="PROMPT", help="more prompts to draw before and after")
+    add("--checkpoint-every", type=whole, default=100, help="steps")
     add("--resume", action="store_true", help="go on with the run in --out")
-    return parser.parse_args(argv)
-
-
-def complete(args, defaults):
-    """Fill in what the user left open, from the model's defaults.json and then the paper's."""
-    for name, value in {**DEFAULTS, **defaults.get("finetune", {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name in ("epochs", "repeats", "batch_size", "gradient_accumulation", "checkpoint_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
-    if not 0 < args.lr < math.inf:
-        raise UserError(f"--lr is {args.lr}; give a number above 0")
+    args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / Path(args.images[0]).resolve().stem
+    return args
 
 
 def check_out(out, resume):
-    """Refuse a folder that holds anything of somebody else's, or a run that --resume does not go on with."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    present = {f.name for f in out.iterdir() if not f.name.startswith(".")} if out.exists() else set()
-    if foreign := sorted(present - OUTPUTS):
+    """Refuse a folder that cannot be written, holds other files, or holds a run that is not to go on."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out} cannot be made: {there} is no folder that you may write to")
+    present = {file.name for file in out.iterdir() if not file.name.startswith(".")} if out.exists() else set()
+    if foreign := sorted(present - set(OUTPUTS)):
         raise UserError(f"--out {out} holds other files ({foreign[0]}); name a new or empty folder")
-    if present and not resume:
-        raise UserError(f"--out {out} holds a run already; add --resume to go on with it, or name another folder")
     if "adapter.safetensors" in present and "checkpoint.pt" not in present:
         raise UserError(f"--out {out} holds a finished run; name another folder, or remove it to train again")
+    if present and not resume:
+        raise UserError(f"--out {out} holds an unfinished run; add --resume to go on with it, or name another folder")
 
 
-def method_options(args):
+def remove_leftovers(out):
+    """Remove the temporary files of a run that was killed while it wrote."""
+    for name in OUTPUTS:
+        for file in out.glob(f".[0-9]*.{name}"):
+            file.unlink()
+
+
+def complete(args, pipe):
+    """Fill in what the user left open, from the model's defaults.json and then the paper's."""
+    defaults = DEFAULTS | pipe.defaults.get("finetune", {})
+    for name in ("epochs", "repeats", "batch_size", "lr"):
+        setattr(args, name, getattr(args, name) or defaults[name])
+    args.resolution = args.resolution or pipe.resolution
+    if args.resolution % pipe.multiple:
+        raise UserError(f"--resolution {args.resolution} is not a multiple of {pipe.multiple} pixels")
+    return method_options(args, defaults)
+
+
+def method_options(args, defaults):
+    """What `attach` needs to know; an option that the method would not use is refused."""
+    options = {name: getattr(args, name) for name in ("atoms", "density", "threshold", "lam", "order")}
+    options = {name: value for name, value in options.items() if value is not None}
     if args.method != "sparse":
+        if options:
+            raise UserError(f"--method {args.method} does not use --{next(iter(options))}; leave it out")
         return {}
-    how_sparse = {"density": args.density} if args.threshold == "top_k" else {"lam": args.lam}
-    return {"atoms": args.atoms, "threshold": args.threshold, "order": args.order, **how_sparse}
+    threshold = options.get("threshold", "top_k")
+    if threshold != "top_k" and "density" in options:
+        raise UserError(f"--threshold {threshold} does not use --density but --lam; leave it out")
+    own = ("atoms", "density") if threshold == "top_k" else ("atoms",)
+    return {name: defaults[name] for name in own} | options
 
 
-def draw(pipe, prompts):
-    """Rows of pictures, one seed for each column."""
-    noise = pipe.noise(SEEDS)
-    return [pipe.generate([prompt] * len(SEEDS), latents=noise) for prompt in prompts]
+def finetune(pipe, files, captions, args):
+    """The whole run: encode, free, train, save, draw. The first mistake ends it before anything is written."""
+    options = complete(args, pipe)
+    model = pipe.transformer
+    torch.manual_seed(args.seed)
+    attach(model, args.method, args.target, **options)
+    model.gradient_checkpointing = args.gradient_checkpointing
 
-
-def finetune(pipe, args):
-    """The whole run: encode, free, train, save, draw. Returns the path of before_after.png."""
-    data = load_dataset(pipe, args.images, args.prompt, args.resolution, args.random_flip)
-    prompts = list(dict.fromkeys(data.captions))[: len(SEEDS)] + args.validation_prompt
+    images = load_images(files, args.resolution)  # (n, 3, H, W)
+    args.settings = describe(args, pipe, images, captions)
+    file = args.out / "checkpoint.pt"
+    state = read_checkpoint(file, args.settings) if file.exists() else None
+    data = encode(pipe, images, captions, args.random_flip)
+    prompts = list(dict.fromkeys(captions))[:SHOWN_CAPTIONS] + args.validation_prompt
     pipe.encode_prompt(["", *prompts])  # remembered, so that T5 can go
     pipe.free("text_encoder", "vae")
 
+    losses = train(model, data, args, state, file)
+    if parallel.rank() == 0:
+        remove_leftovers(args.out)
+        save_results(pipe, data, images, captions, prompts, losses, args)
+        file.unlink()  # now the run is finished
+
+
+def save_results(pipe, data, images, captions, prompts, losses, args):
     model = pipe.transformer
-    model.gradient_checkpointing = args.gradient_checkpointing
-    torch.manual_seed(args.seed)
-    attach(model, args.method, args.target, **method_options(args))
-    before = [] if parallel.rank() else draw(pipe, prompts)  # a fresh adapter is silent: this is the base model
-    pipe.free("vae")
-    losses = train(model, data, args, args.out / "checkpoint.pt")
-    if parallel.rank():
-        return None
     if args.method == "sparse":
         measure_usage(model, data, args.seed)
-    note = {"seed": args.seed, "steps": len(losses), "epochs": args.epochs, "lr": args.lr}
-    save_adapter(model, args.out / "adapter.safetensors", prompt=data.captions[0], **note)
+    names = ("seed", "epochs", "repeats", "batch_size", "gradient_accumulation", "lr", "resolution", "random_flip")
+    notes = {name: getattr(args, name) for name in names}
+    save_adapter(model, args.out / "adapter.safetensors", prompt=captions[0], steps=len(losses), **notes)
     write_csv(losses, args.out / "training.csv")
     plot_losses(losses, args.out / "loss.png")
-    after = draw(pipe, prompts)
-    rows = [("training pictures", to_pil(data.images[: len(SEEDS)]))]
+
+    trained = sum(parameter.numel() for parameter in trainable(model))
+    after = draw_prompts(pipe, prompts, args.resolution)
+    detach(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    before = draw_prompts(pipe, prompts, args.resolution)
+    rows = [("training pictures", to_pil(images[: len(SEEDS)]))]
     for prompt, base, adapted in zip(prompts, before, after):
         rows += [(f"before: {prompt}", base), (f"after: {prompt}", adapted)]
     save_picture(grid(rows), args.out / "before_after.png")
-    (args.out / "checkpoint.pt").unlink(missing_ok=True)
-    return args.out / "before_after.png"
+    print(f"trained {trained:,} parameters beside {total:,} in {len(losses)} steps; see {args.out}/before_after.png")
 
 
-def main():
-    args = parse()
-    pipe = load_pipeline(args)
-    complete(args, pipe.defaults)
+def main(argv=None):
+    args = parse(argv)
     check_out(args.out, args.resume)
+    files = find_pictures(args.images)
+    captions = find_captions(files, args.prompt)
     parallel.start()
-    picture = finetune(pipe, args)
-    if picture:
-        count = sum(p.numel() for p in trainable(pipe.transformer))
-        total = sum(p.numel() for p in pipe.transformer.parameters())
-        print(f"trained {count:,} of {total:,} parameters; look at {picture}")
+    finetune(load_pipeline(args), files, captions, args)
 
 
 if __name__ == "__main__":

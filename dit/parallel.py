@@ -12,23 +12,38 @@ def start():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    """The number of this process, 0 for the one that writes and prints; known before `start`."""
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def bar_off():
+    """For tqdm's `disable`: quiet when not on a terminal, and in all processes but the first."""
+    return True if rank() else None
 
 
 def average_gradients(parameters):
     """Replace every gradient by its mean over the processes, in one message."""
+    average([p.grad for p in parameters if p.grad is not None])
+
+
+def average(tensors):
+    """Replace every tensor by its mean over the processes, in one message."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / world_size()).split([g.numel() for g in gradients])):
-        gradient.copy_(mean.view_as(gradient))
+    for tensor, mean in zip(tensors, (flat / world_size()).split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(mean.view_as(tensor))

@@ -9,25 +9,30 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sparsecode.common import UserError, replacing
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SMALLEST = 16  # pixels; a smaller picture is a mistake rather than a motif
 
 
 def open_picture(path):
-    """A picture file as an RGB image, upright. Grey, palette, transparent (onto white), 16-bit and CMYK are converted.
+    """A picture file as an RGB image, upright; of an animation the first frame.
 
-    UserError for a file that is no picture, is cut short, or is smaller than 16 pixels along a side.
+    Grey, palette, transparent (onto white), 16-bit and CMYK pictures are converted. UserError for a file that is no
+    picture, is cut short, or is smaller than 16 pixels along a side.
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(image)  # decodes the pixels
+            image = _to_rgb(ImageOps.exif_transpose(image))  # decodes the pixels
     except Exception as error:  # PIL's decoders raise whatever their format does
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error}); replace it") from None
     if min(image.size) < SMALLEST:
         raise UserError(f"{path} is {image.width}×{image.height} pixels; give one of at least {SMALLEST}×{SMALLEST}")
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).round().astype(np.uint8))
+    return image
+
+
+def _to_rgb(image):
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip at 255
+        return Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -79,9 +84,11 @@ def _wrap(label, font, width):
 
 
 def check_picture_path(path):
-    """UserError now rather than after minutes of work, if PIL cannot write a picture of that name."""
-    if Path(path).suffix.lower() not in Image.registered_extensions():
+    """UserError now rather than after minutes of work, if no picture can be written under that name."""
+    if Path(path).suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} does not end like a picture; name it something.png")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a file")
 
 
 def save_picture(image, path):

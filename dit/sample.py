@@ -4,10 +4,10 @@ python -m dit.sample "a red star on a blue background" --seed 0 1 2 3
 python -m dit.sample "a robot on a red background" --adapter runs/robot/adapter.safetensors --keep-atoms 0 4 40 all
 """
 
-import argparse
 from pathlib import Path
 
-from dit.cli import add_model_arguments, load_pipeline, run
+from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, whole
+from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_picture
 from sparsecode import keep_atoms, load_adapter, set_density
 from sparsecode.common import UserError
@@ -19,55 +19,67 @@ def atom_count(text):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m dit.sample", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dit.sample", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT")
     add("--adapter", type=Path, help="adapter.safetensors of dit.finetune")
     add("--density", type=float, nargs="+", help="draw with each of these densities ρ instead of the trained one")
     add("--keep-atoms", type=atom_count, nargs="+", help="draw with only so many of the most important atoms, or all")
-    add("--seed", type=int, nargs="+", default=[0, 1, 2, 3], help="one column of pictures each")
-    add("--steps", type=int, default=20)
+    add("--seed", type=seed, nargs="+", default=[0, 1, 2, 3], help="one column of pictures each")
+    add("--steps", type=whole, default=20)
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
-    add("--height", type=int)
-    add("--width", type=int)
+    add("--height", type=whole)
+    add("--width", type=whole)
     add("--out", type=Path, default=Path("sample.png"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.adapter is None and (args.density or args.keep_atoms):
+        raise UserError("--density and --keep-atoms choose atoms of an adapter; name one with --adapter")
+    check_picture_path(args.out)
+    sampling_timesteps(args.steps)  # refuses too many
+    return args
 
 
 def variants(args, model):
-    """Yield a label for each setting of the adapter, after having made it."""
+    """Set the adapter of `model` in each way that was asked for, and yield what to write beside the prompt."""
     if args.adapter is None:
         yield ""
         return
     for density in args.density or [None]:
-        for atoms in args.keep_atoms or ["all"]:
+        for atoms in args.keep_atoms or [None]:
+            words = []
             if density is not None:
                 set_density(model, density)
-            keep_atoms(model, atoms)
-            words = [f"density {density}"] if density is not None else []
-            words += [f"{atoms} atoms"] if args.keep_atoms else []
-            yield f" ({', '.join(words)})" if words else " (adapted)"
+                words.append(f"density {density}")
+            if atoms is not None:
+                keep_atoms(model, atoms)
+                words.append(f"{atoms} atoms")
+            yield f" ({', '.join(words) or 'adapted'})"
 
 
-def main():
-    args = parse()
-    check_picture_path(args.out)
-    if args.adapter is None and (args.density or args.keep_atoms):
-        raise UserError("--density and --keep-atoms choose atoms of an adapter; name one with --adapter")
-    pipe = load_pipeline(args)
-    noise = pipe.noise(args.seed, args.height, args.width)
+def sample(pipe, args):
+    """Rows of (label, pictures): each prompt with each variant of the adapter, one picture for each seed."""
+    model = pipe.transformer
+    if args.adapter:
+        load_adapter(model, args.adapter)
+    list(variants(args, model))  # a density or number of atoms that cannot be is refused before any work
+    noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
     pipe.encode_prompt(["", *args.prompts])
     pipe.free("text_encoder")
-    if args.adapter:
-        load_adapter(pipe.transformer, args.adapter)
     rows = []
-    for label in variants(args, pipe.transformer):
+    for label in variants(args, model):
         for prompt in args.prompts:
             repeated = [prompt] * len(args.seed)
             images = pipe.generate(repeated, steps=args.steps, guidance=args.guidance, latents=noise)
             rows.append((prompt + label, images))
-    save_picture(grid(rows, side=min(256, max(128, max(rows[0][1][0].size)))), args.out)
+    return rows
+
+
+def main(argv=None):
+    args = parse(argv)
+    rows = sample(load_pipeline(args), args)
+    side = min(256, max(128, *rows[0][1][0].size))
+    save_picture(grid(rows, side), args.out)
     print(f"{len(rows)} rows of {len(args.seed)} pictures in {args.out}")
 
 

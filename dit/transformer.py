@@ -2,7 +2,7 @@
 
 (B, 4, h, w) -> patches (B, N, C) -> num_layers × [self-attention, cross-attention to the text, MLP] -> (B, 8, h, w).
 The timestep shifts, scales and gates every block (adaLN-single). Channels 0–3 of the output are the noise, 4–7 a
-learned variance, which the sampler leaves aside. Names follow diffusers' PixArtTransformer2DModel where that reads well.
+learned variance, which the sampler leaves aside. Names follow diffusers' PixArtTransformer2DModel where it reads well.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.attn1 = Attention(width, heads)
         self.attn2 = Attention(width, heads, context_dim=width)
         self.ff = MLP(width, 4 * width, width)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, width), std=width**-0.5))
 
     def forward(self, x, modulation, text, text_mask):
         """x (B, N, C), modulation (B, 6, C) from the timestep, text (B, L, C), text_mask (B, L) -> (B, N, C)."""
@@ -71,14 +71,14 @@ class PixArtTransformer(nn.Module):
         self.timestep_modulation = nn.Linear(width, 6 * width)
         self.caption_projection = MLP(config.caption_channels, width, width)
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, width), std=width**-0.5))
         self.proj_out = nn.Linear(width, patch * patch * config.out_channels)
 
     def forward(self, latents, timesteps, text, text_mask):
         """Latents (B, 4, h, w), timesteps (B,), text (B, L, caption_channels), text_mask (B, L) -> (B, 8, h, w)."""
-        h, w = (side // self.config.patch_size for side in latents.shape[-2:])
+        rows, columns = (side // self.config.patch_size for side in latents.shape[-2:])  # h/2, w/2
         x = self.patch_embed(latents).flatten(2).transpose(1, 2)  # (B, 4, h, w) -> (B, C, h/2, w/2) -> (B, N, C)
-        x = (x + self.positions(h, w, x.device)).to(x.dtype)  # (B, N, C)
+        x = (x + self.positions(rows, columns, x.device)).to(x.dtype)  # (B, N, C)
         text = self.caption_projection(text)  # (B, L, caption_channels) -> (B, L, C)
         time = self.timestep_embedder(timesteps)  # (B, C)
         modulation = self.timestep_modulation(F.silu(time)).unflatten(1, (6, -1))  # (B, 6, C)
@@ -89,7 +89,7 @@ class PixArtTransformer(nn.Module):
                 x = block(x, modulation, text, text_mask)  # (B, N, C)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # (B, 1, C) each
         x = self.proj_out(normalise(x) * (1 + scale) + shift)  # (B, N, C) -> (B, N, 2·2·8)
-        return self.unpatchify(x, h, w)  # (B, 8, 2h, 2w)
+        return self.unpatchify(x, rows, columns)  # (B, 8, h, w)
 
     def positions(self, h, w, device):
         """Sine and cosine table (N, C) for a grid of h × w patches, in units of the training grid."""
@@ -109,7 +109,7 @@ def normalise(x):
 @functools.lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what is kept must serve training too
 def position_table(width, h, w, base, scale):
-    """(h·w, width): half of the channels for x, half for y, each half [sin | cos] (diffusers' get_2d_sincos_pos_embed)."""
+    """(h·w, width): half of the channels for x, half for y, each [sin | cos] (diffusers' get_2d_sincos_pos_embed)."""
     numbers = functools.partial(torch.arange, dtype=torch.float64, device="cpu")
     y = numbers(h) / (h / base) / scale  # (h,)
     x = numbers(w) / (w / base) / scale  # (w,)

@@ -1,0 +1,92 @@
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit.scenes import BACKGROUNDS, WORLDS
+from dit.subjects import PICTURES, SUBJECTS, subject_caption, write_subjects
+
+SHIPPED = Path(__file__).parent.parent / "lessons/data/subjects"
+EVERY = [(name, i) for name in PICTURES for i in range(5)]
+
+
+def shipped(name, i):
+    """A picture as an array and its caption, from the files."""
+    path = SHIPPED / name / f"{i + 1:02}.png"
+    with Image.open(path) as picture:
+        assert picture.mode == "RGB"
+        return np.asarray(picture), path.with_suffix(".txt").read_bytes().decode()
+
+
+def background_of(text):
+    """The background that a caption names."""
+    words = text.split()
+    return words[words.index("background") - 1]
+
+
+def place_of(text):
+    """Where a caption says the subject is: (x, y), each -1, 0 or 1 from the middle."""
+    return ("right" in text) - ("left" in text), ("bottom" in text) - ("top" in text)
+
+
+def test_the_shipped_folder_is_what_the_code_writes(tmp_path):
+    write_subjects(tmp_path)
+    ours, theirs = ({p.relative_to(f) for p in f.rglob("*.*")} for f in (tmp_path, SHIPPED))
+    assert ours == theirs and len(ours) == 2 * len(EVERY)
+    for path in ours:
+        if path.suffix == ".txt":
+            assert (tmp_path / path).read_bytes() == (SHIPPED / path).read_bytes()
+        else:
+            pixels = (np.asarray(Image.open(folder / path)) for folder in (tmp_path, SHIPPED))
+            np.testing.assert_array_equal(*pixels, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name, i", EVERY)
+def test_caption_fits_the_picture(name, i):
+    picture, text = shipped(name, i)
+    rgb = BACKGROUNDS[background_of(text)]
+    assert tuple(picture[0, 0]) == rgb
+    rows, columns = np.nonzero((picture != rgb).any(-1))
+    middle = np.array([columns.min() + columns.max(), rows.min() + rows.max()]) / 2 / picture.shape[0]
+    assert tuple(np.sign(np.round((middle - 0.5) / 0.15))) == place_of(text)
+    assert name in text.split()
+
+
+@pytest.mark.parametrize("name, i", EVERY)
+def test_subject_is_inside_and_of_a_readable_size(name, i):
+    picture, text = shipped(name, i)
+    drawn = (picture != BACKGROUNDS[background_of(text)]).any(-1)
+    assert drawn[1:-1, 1:-1].sum() == drawn.sum()
+    rows, columns = np.nonzero(drawn)
+    height, width = ((np.ptp(x) + 1) / 256 for x in (rows, columns))
+    radius = PICTURES[name][i][2]
+    assert 0.20 <= radius <= 0.36
+    assert abs(height - 2 * radius) < 0.04
+    assert width < 2 * radius + 0.02
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_a_subject_differ_in_background_place_and_size(name):
+    assert [len(set(column)) for column in zip(*PICTURES[name])] == [5, 5, 5]
+
+
+def test_no_two_pictures_are_alike_at_the_size_of_the_model():
+    small = {}
+    for name, i in EVERY:
+        picture = Image.fromarray(shipped(name, i)[0]).reduce(4)
+        small[name, i] = np.asarray(picture, dtype=float) / 255
+    psnr = {(a, b): -10 * np.log10(np.mean((small[a] - small[b]) ** 2)) for a, b in combinations(small, 2)}
+    nearest = max(psnr, key=psnr.get)
+    assert psnr[nearest] < 18, f"{nearest}: {psnr[nearest]:.1f} dB"
+
+
+def test_subjects_are_not_objects_of_the_scenes():
+    assert set(PICTURES) == set(SUBJECTS)
+    assert not set(SUBJECTS) & {kind for world in WORLDS.values() for kind in world.kinds}
+
+
+def test_captions_by_hand():
+    assert subject_caption("robot", "blue", "top left") == "a robot at the top left on a blue background"
+    assert subject_caption("owl", "orange", "centre") == "an owl in the middle on an orange background"

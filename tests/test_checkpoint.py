@@ -434,7 +434,7 @@ print(memory("VmHWM") - before, sum(p.numel() for p in encoder.parameters()), fl
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("shards", [False, True])
 def test_one_tensor_in_memory_beside_the_model(tmp_path, shards):
-    """400 MB of float32 loaded as bfloat16 take its 200 MB and 66 MB for the largest tensor, and no more than 10 % over."""
+    """400 MB of float32 loaded as bfloat16 take its 200 MB, 66 MB for the largest tensor, and at most 10 % over."""
     config = transformers.T5Config(vocab_size=32128, d_model=512, d_kv=64, num_heads=8, d_ff=2048, num_layers=20,
                                    feed_forward_proj="gated-gelu")  # fmt: skip
     with torch.device("meta"):

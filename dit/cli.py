@@ -1,4 +1,4 @@
-"""What the commands share: the arguments that pick a model, checks of numbers, and mistakes as one line with status 2."""
+"""What the commands share: arguments that pick a model, checks of numbers, mistakes as one line with status 2."""
 
 import argparse
 import math

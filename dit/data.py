@@ -1,4 +1,4 @@
-"""Pictures and captions -> cached latents and text embeddings, so that training needs neither T5 nor the autoencoder."""
+"""Pictures and captions -> cached latents and embeddings, so that training needs neither T5 nor the autoencoder."""
 
 import json
 from dataclasses import dataclass

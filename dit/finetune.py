@@ -134,12 +134,12 @@ def restore(model, optimizer, state):
     return state["losses"]
 
 
-def describe(args, pipe, images, captions):
+def describe(args, options, pipe, images, captions):
     """What a run must not change when it goes on: {name: text}."""
     free = {"out", "resume", "device", "checkpoint_every", "validation_prompt", "prompt"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
-    settings["images"] = f"{len(images)} pictures, checksum {zlib.crc32(images.numpy())}, captions {captions}"
-    settings |= {"weights": pipe.folder.resolve(), "dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
+    settings["images"] = f"{len(images)} pictures, checksum {zlib.crc32(images.numpy().tobytes())}, captions {captions}"
+    settings |= options | {"weights": pipe.folder.resolve(), "dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
     return {name: str(value) for name, value in settings.items()}
 
 
@@ -200,7 +200,7 @@ def parse(argv=None):
     add("--density", type=float, help="ρ, the share of atoms that a token uses")
     add("--threshold", choices=("top_k", "soft", "relu"), help="σ (top_k)")
     add("--lam", type=float, help="λ of --threshold soft or relu")
-    add("--order", choices=("before", "after"), help="σ before the attention mixes (§3.4, the default) or after (Eq. 8)")
+    add("--order", choices=("before", "after"), help="σ before attention mixes (§3.4, the default) or after it (Eq. 8)")
     add("--target", default="attn1", help="regular expression for the attentions to adapt")
     add("--epochs", type=whole)
     add("--repeats", type=whole, help="how often an epoch visits each picture")
@@ -276,7 +276,7 @@ def finetune(pipe, files, captions, args):
     model.gradient_checkpointing = args.gradient_checkpointing
 
     images = load_images(files, args.resolution)  # (n, 3, H, W)
-    args.settings = describe(args, pipe, images, captions)
+    args.settings = describe(args, options, pipe, images, captions)
     file = args.out / "checkpoint.pt"
     state = read_checkpoint(file, args.settings) if file.exists() else None
     data = encode(pipe, images, captions, args.random_flip)

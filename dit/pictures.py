@@ -57,12 +57,12 @@ def to_tensor(images):
 
 
 def grid(rows, side=128):
-    """One picture out of rows of (label, list of PIL images): each row under its label, each image side × side."""
+    """One picture out of rows of (label, list of PIL images): each row under its label if it has one, images side × side."""
     gap, font = 8, ImageFont.load_default(13)
     columns = max(len(images) for _, images in rows)
     width = gap + columns * (side + gap)
     lines = [_wrap(label, font, width - 2 * gap) for label, _ in rows]
-    heights = [gap + 17 * len(text) + side for text in lines]
+    heights = [gap + 17 * len(text) * any(text) + side for text in lines]
     canvas = Image.new("RGB", (width, sum(heights) + gap), "white")
     pen, y = ImageDraw.Draw(canvas), 0
     for text, (_, images), height in zip(lines, rows, heights):

@@ -200,7 +200,8 @@ def outline(kind):
         return [np.stack([x, -y - 2], 1) / 16]
     if kind == "cross":
         a, b = 1.0, 0.36
-        return [[(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b), (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]]
+        return [[(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b),
+                 (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]]  # fmt: skip
     if kind == "moon":
         outer = [(math.cos(t), math.sin(t)) for t in np.linspace(0.28 * np.pi, 1.72 * np.pi, 32)]
         inner = [(0.42 + 0.8 * math.cos(t), 0.93 * math.sin(t)) for t in np.linspace(1.66 * np.pi, 0.34 * np.pi, 32)]
@@ -233,7 +234,8 @@ def natural_image(rng, size=64):
     # A smooth light and a fine grain: large gradients and texture, which flat leaves lack.
     grid = np.linspace(-1, 1, size)
     light = 1 + rng.uniform(-0.35, 0.35) * grid[:, None, None] + rng.uniform(-0.35, 0.35) * grid[None, :, None]
-    coarse = Image.fromarray(rng.normal(0, 1, (size // 4, size // 4)).astype(np.float32)).resize((size, size), Image.BICUBIC)
+    coarse = Image.fromarray(rng.normal(0, 1, (size // 4, size // 4)).astype(np.float32))
+    coarse = coarse.resize((size, size), Image.BICUBIC)
     fine = rng.normal(0, 1, (size, size, 1))
     texture = rng.uniform(0, 14) * np.asarray(coarse)[..., None] + rng.uniform(0, 6) * fine
     return Image.fromarray(np.clip(picture * light + texture, 0, 255).astype(np.uint8))

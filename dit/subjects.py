@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit.scenes import PLACES, SENTENCES_WITH_PLACE, SUPERSAMPLE, draw_background, outline, paint
+from dit.scenes import PLACES, SENTENCES, SUPERSAMPLE, draw_background, outline, paint
 from sparsecode.common import replacing
 
 # ---- polygons -----------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def draw_subject(name, background, place, radius, size=256):
 def subject_caption(name, background, place):
     where = "in the middle" if place == "centre" else f"at the {place}"
     things, background = f"{_article(name)} {name} {where}", f"{_article(background)} {background} background"
-    return SENTENCES_WITH_PLACE[0].format(things=things, background=background)
+    return SENTENCES[0].format(things=things, background=background)
 
 
 def _article(word):

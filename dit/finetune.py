@@ -139,7 +139,8 @@ def describe(args, options, pipe, images, captions):
     free = {"out", "resume", "device", "checkpoint_every", "validation_prompt", "prompt"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     settings["images"] = f"{len(images)} pictures, checksum {zlib.crc32(images.numpy().tobytes())}, captions {captions}"
-    settings |= options | {"weights": pipe.folder.resolve(), "dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
+    settings |= {"weights": pipe.folder.resolve(), "dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
+    settings |= options
     return {name: str(value) for name, value in settings.items()}
 
 

@@ -57,7 +57,7 @@ def to_tensor(images):
 
 
 def grid(rows, side=128):
-    """One picture out of rows of (label, list of PIL images): each row under its label if it has one, images side × side."""
+    """One picture out of rows of (label, list of PIL images of side × side), each row under its label if it has one."""
     gap, font = 8, ImageFont.load_default(13)
     columns = max(len(images) for _, images in rows)
     width = gap + columns * (side + gap)

@@ -1,0 +1,33 @@
+"""Imports point one way: sparsecode knows nothing of dit, lessons define nothing, and no library needs a test tool."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEST_TOOLS = {"diffusers", "transformers", "peft", "pytest"}
+
+
+def imported(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("sparsecode/*.py")), ids=lambda f: f.name)
+def test_sparsecode_knows_nothing_of_pictures(file):
+    assert not set(imported(file)) & ({"dit", "PIL", "matplotlib"} | TEST_TOOLS)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("dit/*.py")), ids=lambda f: f.name)
+def test_dit_needs_no_reference_library(file):
+    assert not set(imported(file)) & ({"lessons"} | TEST_TOOLS)
+
+
+def test_only_checkpoint_opens_weights_of_models():
+    """The judge, of our own making, and training checkpoints are no released weights."""
+    readers = {f.name for f in ROOT.glob("dit/*.py") if "safetensors" in set(imported(f))}
+    assert readers == {"checkpoint.py", "judge.py"}

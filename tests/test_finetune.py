@@ -1,0 +1,360 @@
+"""The command that fine-tunes, as a user calls it: results, resuming to the bit, equal ways to the same batch, mistakes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dit import finetune
+from dit.cli import load_pipeline
+from sparsecode.attach import read_header
+from sparsecode.common import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, colour in enumerate(("red", "green", "blue")):
+        image = Image.new("RGB", (20 + i, 20), colour)
+        image.paste("white", (3 * i, 4, 3 * i + 6, 12))
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a {colour} robot")
+    return folder
+
+
+@pytest.fixture
+def options(tiny, pictures):
+    return ["--weights", tiny, "--images", pictures, "--device", "cpu"]
+
+
+def command(*arguments, runner=(sys.executable,)):
+    """The command line, and where and how to run it."""
+    line = [*runner, "-m", "dit.finetune", *map(str, arguments)]
+    return {"args": line, "cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+
+
+def train(options, out, *more):
+    finetune.main([*map(str, options), "--out", str(out), *map(str, more)])
+    return load_file(out / "adapter.safetensors")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No pictures and plots, for tests of the training alone."""
+    monkeypatch.setattr(finetune, "plot_losses", lambda *_: None)
+    monkeypatch.setattr(finetune, "draw_prompts", lambda pipe, prompts, _: [[Image.new("RGB", (4, 4))]] * len(prompts))
+
+
+def assert_close(one, other):
+    """Equal up to the rounding of sums in another order, which AdamW's division enlarges where a gradient is near 0."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+# ---- a whole run ------------------------------------------------------------------------------------------------
+
+
+def test_the_command(options, tmp_path):
+    result = subprocess.run(**command(*options, "--out", tmp_path / "run"), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    out = tmp_path / "run"
+    assert result.stdout.startswith("trained 512 parameters beside ") and f"{out}/before_after.png" in result.stdout
+    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "loss.png", "training.csv"]
+    header = read_header(out / "adapter.safetensors")
+    assert header["prompt"] == "a red robot" and header["method"] == "sparse"
+    assert header["options"] == {"target": "attn1", "atoms": 8, "threshold": "top_k", "density": 0.25,
+                                 "order": "before"}  # fmt: skip
+    assert header["notes"]["seed"] == 0 and header["notes"]["steps"] == 6 and header["notes"]["lr"] == 0.01
+    tensors = load_file(out / "adapter.safetensors")
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())  # W_s, D and usage
+    rows = list(csv.reader(open(out / "training.csv")))
+    assert rows[0] == ["step", "loss"] and [int(row[0]) for row in rows[1:]] == list(range(6))
+    assert all(float(row[1]) > 0 for row in rows[1:])
+    with Image.open(out / "loss.png") as plot, Image.open(out / "before_after.png") as pictures:
+        assert plot.width > 300
+        assert pictures.height > 7 * 128  # training pictures, and two rows for each of three captions
+
+
+def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monkeypatch, quick):
+    parts, real = [], finetune.train
+
+    def load(args):
+        pipe = load_pipeline(args)
+        parts[:] = [weakref.ref(pipe.text_encoder), weakref.ref(pipe.vae)]
+        return pipe
+
+    def train_alone(*args):
+        assert [part() for part in parts] == [None, None]
+        return real(*args)
+
+    monkeypatch.setattr(finetune, "load_pipeline", load)
+    monkeypatch.setattr(finetune, "train", train_alone)
+    train(options, tmp_path / "run")
+    assert parts
+
+
+def test_training_lowers_the_loss(options, tmp_path, quick):
+    train([*options, "--lr", "0.05"], tmp_path / "run", "--epochs", 40)
+    losses = np.array([float(row["loss"]) for row in csv.DictReader(open(tmp_path / "run" / "training.csv"))])
+    assert losses[-60:].mean() < 0.9 * losses[:60].mean()
+
+
+@pytest.mark.parametrize("more", [
+    "--threshold soft --lam 0.1", "--threshold relu --lam 0", "--order after", "--target blocks.0.attn.", "--random-flip",
+    "--method lora", "--method dora", "--method oft", "--prompt x --resolution 24", "--dtype bfloat16", "--seed 3",
+])  # fmt: skip
+def test_other_ways_to_train(options, tmp_path, quick, more):
+    default = train(options, tmp_path / "default")
+    other = train(options, tmp_path / "other", *more.split())
+    assert all(tensor.isfinite().all() for tensor in other.values())
+    same = other.keys() == default.keys() and all(torch.equal(other[name], default[name]) for name in other)
+    assert not same
+
+
+def test_an_epoch_visits_each_picture_as_often_as_the_others():
+    order = finetune.visiting_order(3, epochs=4, repeats=5, seed=0)
+    for epoch in order.reshape(4, 15):
+        assert np.bincount(epoch).tolist() == [5, 5, 5]
+    assert len({tuple(epoch) for epoch in order.reshape(4, 15)}) == 4
+
+
+# ---- the same batch in other ways -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reference(options, tmp_path, quick):
+    return train([*options, "--random-flip"], tmp_path / "reference", "--batch-size", 2, "--epochs", 2)
+
+
+@pytest.mark.parametrize(
+    "more", ["--batch-size 1 --gradient-accumulation 2", "--batch-size 2 --gradient-checkpointing"]
+)
+def test_less_memory_gives_the_same(options, tmp_path, quick, reference, more):
+    assert_close(train([*options, "--random-flip"], tmp_path / "run", *more.split(), "--epochs", 2), reference)
+
+
+def test_two_processes_give_the_same(options, tmp_path, reference):
+    out = tmp_path / "run"
+    more = ["--batch-size", 1, "--epochs", 2, "--random-flip"]
+    runner = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    result = subprocess.run(**command(*options, "--out", out, *more, runner=runner), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("trained 512 parameters") == 1 and result.stdout.count("\n") == 1
+    assert_close(load_file(out / "adapter.safetensors"), reference)
+    losses = [[row["loss"] for row in csv.DictReader(open(folder / "training.csv"))]
+              for folder in (out, tmp_path / "reference")]  # fmt: skip
+    np.testing.assert_allclose(*(np.array(column, dtype=float) for column in losses), rtol=1e-4)
+
+
+# ---- stopped and resumed ----------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def die(*_, **__):
+    raise Killed
+
+
+@pytest.mark.parametrize("moment", ["no checkpoint", "a checkpoint", "between checkpoints", "measure_usage",
+                                    "write_csv", "plot_losses", "draw_prompts"])  # fmt: skip
+def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch, quick, moment):
+    options = [*options, "--checkpoint-every", "2"]  # of 6 steps
+    undisturbed = train(options, tmp_path / "undisturbed")
+    out, real = tmp_path / "run", finetune.training_loss
+    steps = {"no checkpoint": 1, "a checkpoint": 3, "between checkpoints": 4}
+
+    def dying_loss(model, data, order, visits, seed):
+        return die() if visits[0] == steps[moment] else real(model, data, order, visits, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, *(("training_loss", dying_loss) if moment in steps else (moment, die)))
+        with pytest.raises(Killed):
+            train(options, out)
+    if out.exists():
+        (out / ".123.checkpoint.pt").write_bytes(b"half")  # as a kill while writing leaves it
+        with pytest.raises(UserError, match="add --resume"):
+            train(options, out)
+    resumed = train(options, out, "--resume")
+    assert resumed.keys() == undisturbed.keys()
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+    for name in ("adapter.safetensors", "training.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "training.csv"]
+    with pytest.raises(UserError, match="finished run"):
+        train(options, out, "--resume")
+
+
+def test_sigkill(options, tmp_path, quick):
+    options = [*options, "--epochs", "40", "--checkpoint-every", "7"]
+    undisturbed = train(options, tmp_path / "undisturbed")
+    out = tmp_path / "run"
+    process = subprocess.Popen(**command(*options, "--out", out))
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    resumed = train(options, out, "--resume")
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+@pytest.fixture
+def stopped(options, tmp_path, monkeypatch, quick):
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_adapter", die)
+        with pytest.raises(Killed):
+            train(options, tmp_path / "stopped")
+    return tmp_path / "stopped"
+
+
+@pytest.mark.parametrize("more, name", [("--lr 0.02", "--lr"), ("--density 0.5", "--density"), ("--seed 1", "--seed"),
+                                        ("--method lora", "--method"), ("--prompt x", "--images")])  # fmt: skip
+def test_changed_settings_are_not_resumed(options, stopped, more, name):
+    with pytest.raises(UserError, match=f"belongs to a run with {name} "):
+        train(options, stopped, "--resume", *more.split())
+    assert os.listdir(stopped) == ["checkpoint.pt"]
+
+
+def test_what_may_change_when_a_run_goes_on(options, stopped):
+    train(options, stopped, "--resume", "--atoms", 8, "--checkpoint-every", 1, "--validation-prompt", "a star")
+
+
+def test_a_damaged_checkpoint(options, stopped):
+    (stopped / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        train(options, stopped, "--resume")
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------------
+
+# Arguments (after good ones, which they override) and words of the line that they must give.
+MISTAKES = {
+    "--images {tmp}": "holds no pictures",
+    "--images {tmp}/absent": "there is no picture or folder",
+    "--images {tmp}/text.png --prompt x": "cannot be read as a picture",
+    "--images {tmp}/dot.png --prompt x": "1×1 pixels",
+    "--images {tmp}/bare.png": "has no caption",
+    "--images {tmp}/latin.png": "is not UTF-8",
+    "--prompt=": "is empty",
+    "--prompt \udcff": "can't encode",
+    "--weights {tmp}/absent": "is not a folder",
+    "--weights {tmp}": "has no folder transformer/",
+    "--device cuda:99": "cannot be used",
+    "--device meta": "cannot be used",
+    "--device sofa": "cannot be used",
+    "--dtype int8": "invalid choice",
+    "--method magic": "invalid choice",
+    "--atoms 7": "does not split over 2 heads",
+    "--atoms 0": "does not split over 2 heads",
+    "--density 0": "density=0.0",
+    "--density 1.5": "density=1.5",
+    "--density nan": "density=nan",
+    "--target nothing": "no attention is named like",
+    "--target (": "is no regular expression",
+    "--threshold soft": "give a lam",
+    "--lam 0.1": "lam=0.1 has no meaning for top_k",
+    "--threshold soft --lam 0.1 --density 0.1": "does not use --density",
+    "--method lora --atoms 8": "does not use --atoms",
+    "--method oft --threshold top_k": "does not use --threshold",
+    "--resolution 18": "not a multiple of 4",
+    "--resolution 0": "above 0",
+    "--epochs 0": "above 0",
+    "--batch-size -1": "above 0",
+    "--lr 0": "above 0",
+    "--lr inf": "above 0",
+    "--seed -1": "0 or more",
+    "--lr 1e30": "the loss became",
+    "--unknown": "unrecognized",
+}
+
+
+@pytest.fixture
+def bad_pictures(tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "bare.png")
+    Image.new("RGB", (20, 20)).save(folder / "latin.png")
+    (folder / "latin.txt").write_bytes(b"K\xe4fer")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    (folder / "text.png").write_text("no picture")
+    return folder
+
+
+def mistake(options, capsys, monkeypatch, *more):
+    """What the command says about a mistake, as a user sees it."""
+    monkeypatch.setattr(sys, "argv", ["dit.finetune", *map(str, options), *map(str, more)])
+    with pytest.raises(SystemExit) as exit:
+        finetune.run(finetune.main)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes(options, bad_pictures, tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path if arguments in ("--images {tmp}", "--weights {tmp}") else bad_pictures
+    more = [word.format(tmp=folder) for word in arguments.split()]
+    before = sorted(tmp_path.rglob("*"))
+    assert MISTAKES[arguments] in mistake(options, capsys, monkeypatch, "--out", tmp_path / "run", *more)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_mistake_in_the_real_command(options, tmp_path):
+    result = subprocess.run(
+        **command(*options, "--out", tmp_path / "run", "--atoms", 7), capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: atoms=7 does not split over 2 heads; choose a multiple of 2\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_out_that_is_not_free(options, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.doc").write_text("mine")
+    assert "no folder" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "file")
+    assert "no folder" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "file" / "run")
+    assert "thesis.doc" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "full")
+    assert "thesis.doc" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "full", "--resume")
+    assert sorted(os.listdir(tmp_path)) == ["file", "full"] and os.listdir(tmp_path / "full") == ["thesis.doc"]
+
+
+def test_a_full_disk(options, tmp_path, quick):
+    line = command(*options, "--out", tmp_path / "run")
+    line["args"] = ["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *line["args"]]  # no file above 4 kB
+    result = subprocess.run(**line, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(options, tmp_path, monkeypatch, quick):
+    out, real = tmp_path / "run", finetune.training_loss
+
+    def broken(model, data, order, visits, seed):
+        return real(model, data, order, visits, seed) * (float("nan") if visits[0] == 5 else 1)
+
+    options = [*options, "--checkpoint-every", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "training_loss", broken)
+        with pytest.raises(UserError, match="the loss became nan at step 5; .*checkpoint.pt keeps an earlier step"):
+            train(options, out)
+    assert os.listdir(out) == ["checkpoint.pt"]
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert len(state["losses"]) == 4
+    train(options, out, "--resume")

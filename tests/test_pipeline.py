@@ -1,0 +1,105 @@
+"""The shipped pipeline: the pictures of diffusers, and pictures that show what the captions say."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dit.judge import CLASSES, Judge, captions_to_judge, load_judge, right, score
+from dit.pictures import to_tensor
+from dit.pipeline import Pipeline
+from dit.scenes import WORLDS, draw, natural_image
+from sparsecode.common import UserError
+
+TINY = Path(__file__).parent.parent / "weights" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.from_folder(TINY, torch.float32, "cpu")
+
+
+def test_ships_small():
+    assert sum(f.stat().st_size for f in TINY.rglob("*")) <= 25e6
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_same_pictures_as_diffusers(pipe, guidance):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.PixArtSigmaPipeline.from_pretrained(TINY, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["a red star at the top left on a blue background", "a moon"]
+    latents = pipe.noise([3, 4])
+    ours = pipe.generate(prompts, latents=latents, guidance=guidance, steps=20)
+    pictures = theirs(
+        prompts, latents=latents.clone(), guidance_scale=guidance, num_inference_steps=20, height=64, width=64,
+        use_resolution_binning=False, clean_caption=False,
+    ).images  # fmt: skip
+    for a, b in zip(ours, pictures):
+        # One level is what rounding float32 results to bytes can differ by; two leave room for 20 guided steps.
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 2
+
+
+def test_generate_does_not_depend_on_the_batch(pipe):
+    prompts = ["a red star on a blue background", "there is a white ring in the middle on a green background"]
+    together = pipe.generate(prompts, seed=5, steps=4)
+    alone = [pipe.generate([p], seed=5 + i, steps=4)[0] for i, p in enumerate(prompts)]
+    for a, b in zip(together, alone):
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
+
+
+def test_sizes_must_fit_the_patches(pipe):
+    assert pipe.generate(["a star"], height=32, width=96, steps=1)[0].size == (96, 32)
+    for height, width in [(63, 64), (64, 4), (0, 64), (-64, 64)]:
+        with pytest.raises(UserError, match="multiple of 8"):
+            pipe.generate(["a star"], height=height, width=width, steps=1)
+
+
+def test_one_str_is_not_a_list_of_prompts(pipe):
+    with pytest.raises(UserError, match="list"):
+        pipe.generate("a star")
+
+
+def test_freed_parts_come_back(pipe):
+    text, _ = pipe.encode_prompt(["a star"])
+    pipe.free("text_encoder")
+    assert "text_encoder" not in vars(pipe)
+    assert torch.equal(pipe.encode_prompt(["A Star "])[0], text)  # remembered, and cleaned like captions
+    assert "text_encoder" not in vars(pipe)
+    assert pipe.encode_prompt(["a ring"])[0].shape[2] == pipe.text_encoder.config.d_model
+
+
+def test_autoencoder_keeps_pictures(pipe):
+    rng = np.random.default_rng(0)
+    scenes, _ = captions_to_judge(WORLDS["small"], 16, withheld=False)
+    for images, floor in (([draw(s, rng) for s in scenes], 32), ([natural_image(rng) for _ in range(16)], 22)):
+        images = to_tensor(images)
+        error = (pipe.decode(pipe.encode_images(images)) - images).div(2).square().mean(dim=(1, 2, 3))
+        assert -10 * error.log10().mean() >= floor
+
+
+@pytest.mark.parametrize("withheld", [False, True])
+def test_pictures_show_their_captions(pipe, withheld):
+    judge, world = load_judge(TINY / "judge")
+    scenes, captions = captions_to_judge(WORLDS[world], 24, withheld)
+    shares, _ = score(pipe, judge, scenes, captions)
+    assert shares["joint"] >= 0.8, shares
+
+
+def test_judge_reads_fresh_renderings_and_can_say_no():
+    judge, world = load_judge(TINY / "judge")
+    rng = np.random.default_rng(1)
+    scenes, _ = captions_to_judge(WORLDS[world], 200, withheld=True, seed=1)
+    images = [draw(scene, rng) for scene in scenes]
+    assert right(judge, images, scenes)["joint"].float().mean() >= 0.99
+    assert right(judge, images, scenes[1:] + scenes[:1])["joint"].float().mean() < 0.05
+    assert right(Judge(), images, scenes).keys() == {*CLASSES, "joint"}
+
+
+def test_a_folder_without_a_part_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        Pipeline.from_folder(tmp_path / "absent")
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(UserError, match="text_encoder"):
+        Pipeline.from_folder(tmp_path)

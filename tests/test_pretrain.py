@@ -1,0 +1,34 @@
+"""The training of the tiny model, a few steps of every stage, interrupted and resumed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+ROOT = Path(__file__).parent.parent
+
+
+def pretrain(tmp_path, *options):
+    sizes = ["--pictures", "100", "--width", "32", "--layers", "1", "--batch-size", "4", "--vae-pictures", "40"]
+    steps = ["--steps", "3", "--vae-steps", "3", "--text-steps", "3", "--judge-steps", "3", "--device", "cpu"]
+    folders = ["--out", tmp_path / "out", "--work", tmp_path / "work"]
+    command = [sys.executable, "-m", "dit.pretrain", *sizes, *steps, *folders, *options]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_stage_ends_in_a_pipeline_that_draws(tmp_path):
+    from dit.pipeline import Pipeline
+
+    done = pretrain(tmp_path)
+    assert done.returncode == 0, done.stderr
+    pipe = Pipeline.from_folder(tmp_path / "out", torch.float32, "cpu")
+    assert pipe.generate(["a red star"], steps=2)[0].size == (64, 64)
+    again = pretrain(tmp_path)
+    assert again.returncode == 2 and "--resume" in again.stderr and len(again.stderr.splitlines()) == 1
+    before = (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "out" / "transformer" / "config.json").unlink()  # as if it had been killed before the last part was saved
+    resumed = pretrain(tmp_path, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before

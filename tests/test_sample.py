@@ -1,0 +1,136 @@
+"""The command that draws: rows for prompts, densities and numbers of atoms; no atoms draw the base model's pictures."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from small_model import shake
+from tiny_pipeline import TRANSFORMER, write_pipeline
+
+from dit import sample
+from dit.pipeline import Pipeline
+from sparsecode import attach, record_usage, save_adapter
+from sparsecode.common import UserError
+
+
+def make_adapter(weights, file, method="sparse", **options):
+    pipe = Pipeline.from_folder(weights, device="cpu")
+    torch.manual_seed(0)
+    shake(attach(pipe.transformer, method, **options))
+    if method == "sparse":
+        with record_usage(pipe.transformer):
+            pipe.generate(["a robot"], steps=2)
+    save_adapter(pipe.transformer, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny, tmp_path_factory):
+    return make_adapter(tiny, tmp_path_factory.mktemp("run") / "adapter.safetensors", atoms=8, density=0.25)
+
+
+def rows(tiny, *arguments):
+    args = sample.parse([*map(str, arguments), "--weights", str(tiny), "--device", "cpu", "--steps", "3"])
+    return sample.sample(sample.load_pipeline(args), args)
+
+
+def pixels(images):
+    return [image.tobytes() for image in images]
+
+
+def test_a_row_for_each_prompt_and_a_column_for_each_seed(tiny):
+    drawn = rows(tiny, "a red star", "", "xyzzy ☃", "--seed", 5, 6)
+    assert [label for label, _ in drawn] == ["a red star", "", "xyzzy ☃"]
+    assert all(len(images) == 2 and len(set(pixels(images))) == 2 for _, images in drawn)
+    pipe = Pipeline.from_folder(tiny, device="cpu")
+    assert pixels(drawn[0][1]) == pixels(pipe.generate(["a red star"] * 2, steps=3, seed=5))
+
+
+def test_other_sizes_and_guidance(tiny):
+    ((_, wide),) = rows(tiny, "a star", "--height", 16, "--width", 24, "--seed", 0)
+    assert wide[0].size == (24, 16)
+    (_, weak), (_, strong) = (rows(tiny, "a star", "--seed", 0, "--guidance", g)[0] for g in (1, 8))
+    assert pixels(weak) != pixels(strong)
+
+
+def test_numbers_of_atoms(tiny, adapter):
+    drawn = dict(rows(tiny, "a star", "--adapter", adapter, "--keep-atoms", 0, 4, "all"))
+    assert list(drawn) == ["a star (0 atoms)", "a star (4 atoms)", "a star (all atoms)"]
+    none, some, all_atoms = map(pixels, drawn.values())
+    assert none == pixels(rows(tiny, "a star")[0][1])
+    assert all_atoms == pixels(rows(tiny, "a star", "--adapter", adapter)[0][1])
+    assert none != some != all_atoms != none
+
+
+def test_densities(tiny, adapter):
+    drawn = rows(tiny, "a", "b", "--adapter", adapter, "--density", 0.25, 1, "--keep-atoms", 4, "all", "--seed", 0)
+    assert [label for label, _ in drawn] == [
+        f"{prompt} (density {density}, {atoms} atoms)"
+        for density in (0.25, 1.0)
+        for atoms in (4, "all")
+        for prompt in "ab"
+    ]
+    trained = rows(tiny, "a", "--adapter", adapter, "--seed", 0)
+    assert trained[0][0] == "a (adapted)"
+    assert pixels(trained[0][1]) == pixels(drawn[2][1]) != pixels(drawn[6][1])
+
+
+def test_an_adapter_of_another_method(tiny, tmp_path):
+    file = make_adapter(tiny, tmp_path / "lora.safetensors", "lora", r=2)
+    drawn = rows(tiny, "a", "--adapter", file, "--seed", 0)
+    assert drawn[0][0] == "a (adapted)" and pixels(drawn[0][1]) != pixels(rows(tiny, "a", "--seed", 0)[0][1])
+    with pytest.raises(UserError, match="only for the sparse method"):
+        rows(tiny, "a", "--adapter", file, "--keep-atoms", 1)
+
+
+def test_the_command(tiny, adapter, tmp_path, capsys):
+    out = tmp_path / "new" / "grid.jpg"
+    sample.main(["a star", "a robot", "--weights", str(tiny), "--device", "cpu", "--adapter", str(adapter),
+                 "--seed", "0", "1", "--steps", "2", "--out", str(out)])  # fmt: skip
+    printed = capsys.readouterr()
+    assert printed.out == f"2 rows of 2 pictures in {out}\n" and printed.err == ""
+    with Image.open(out) as grid:
+        assert grid.format == "JPEG" and grid.width > 2 * 128 and grid.height > 2 * 128
+
+
+# Arguments and words of the line that they must give.
+MISTAKES = {
+    "": "required: PROMPT",
+    "a --out grid": "does not end like a picture",
+    "a --out grid.txt": "does not end like a picture",
+    "a --keep-atoms 3": "name one with --adapter",
+    "a --density 0.1": "name one with --adapter",
+    "a --adapter {adapter} --keep-atoms 3 17": "choose a number from 0 to 16",
+    "a --adapter {adapter} --keep-atoms -1": "choose a number from 0 to 16",
+    "a --adapter {adapter} --keep-atoms many": "invalid",
+    "a --adapter {adapter} --density 0.1 0": "density=0.0",
+    "a --adapter absent.safetensors": "there is no adapter file",
+    "a --seed -1": "0 or more",
+    "a --steps 0": "above 0",
+    "a --steps 1000": "expected 1 to 999",
+    "a --height 18": "multiple of 4",
+    "a --device cuda:99": "cannot be used",
+    "a --weights absent": "is not a folder",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes(tiny, adapter, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("work was done"))
+    words = [word.format(adapter=adapter) for word in arguments.split()]
+    monkeypatch.setattr(sys, "argv", ["dit.sample", "--weights", str(tiny), "--device", "cpu", *words])
+    with pytest.raises(SystemExit) as exit:
+        sample.run(sample.main)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2 and printed.out == "" and list(tmp_path.iterdir()) == []
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and MISTAKES[arguments] in printed.err
+
+
+def test_an_adapter_of_another_base_model(adapter, tmp_path):
+    import dataclasses
+
+    other = write_pipeline(tmp_path / "other", dataclasses.replace(TRANSFORMER, num_layers=3))
+    with pytest.raises(UserError, match="trained on another base model: num_layers is 2 there and 3 here"):
+        rows(other, "a", "--adapter", adapter)

@@ -43,6 +43,12 @@ def positive(text):
     return float(text)
 
 
+def unicode(text):
+    """For argparse: text that can be written as UTF-8."""
+    text.encode()
+    return text
+
+
 def add_model_arguments(parser):
     parser.add_argument("--weights", default=TINY, type=Path, help="folder of a PixArt-Σ pipeline (the tiny one)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
@@ -67,7 +73,7 @@ def run(main):
     try:
         main()
         parallel.stop()
-    except (UserError, OSError, SafetensorError, UnicodeEncodeError) as error:
+    except (UserError, OSError, SafetensorError) as error:
         if parallel.rank() == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -62,7 +62,8 @@ def _read_metadata(folder):
         try:
             entry = json.loads(line)
             captions[folder / entry["file_name"]] = entry["text"].strip()
-        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON, no object, no such key, no text
+            entry["text"].encode()
+        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON or Unicode, no object, key or text
             message = 'is not {"file_name": …, "text": …}'
             raise UserError(f"{path} line {number} {message}: {line[:60]!r}; mend the line") from None
     return captions

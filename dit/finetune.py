@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from dit import parallel
-from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, whole
+from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, unicode, whole
 from dit.data import encode, find_captions, find_pictures, load_images
 from dit.diffusion import add_noise, noise_error, sampling_timesteps
 from dit.pictures import grid, save_picture, to_pil
@@ -169,7 +169,7 @@ def write_csv(losses, path):
 def plot_losses(losses, path):
     from matplotlib.figure import Figure
 
-    window = max(1, len(losses) // 20)
+    window = max(1, len(losses) // 10)
     smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
@@ -195,7 +195,7 @@ def parse(argv=None):
     add_model_arguments(parser)
     add = parser.add_argument
     add("--images", nargs="+", required=True, metavar="PATH", help="a folder or files; captions in name.txt beside")
-    add("--prompt", help="caption of all pictures, instead of files")
+    add("--prompt", type=unicode, help="caption of all pictures, instead of files")
     add("--method", choices=METHODS, default="sparse")
     add("--atoms", type=int, help="M, the atoms beside each attention")
     add("--density", type=float, help="ρ, the share of atoms that a token uses")
@@ -213,7 +213,7 @@ def parse(argv=None):
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     add("--seed", type=seed, default=0)
     add("--out", type=Path, help="folder for the results (runs/NAME)")
-    add("--validation-prompt", nargs="+", default=[], metavar="PROMPT", help="more prompts to draw before and after")
+    add("--validation-prompt", type=unicode, nargs="+", default=[], metavar="PROMPT", help="more prompts to draw")
     add("--checkpoint-every", type=whole, default=100, help="steps")
     add("--resume", action="store_true", help="go on with the run in --out")
     args = parser.parse_args(argv)

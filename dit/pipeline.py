@@ -107,7 +107,8 @@ class Pipeline:
 
     def noise(self, seeds, height=None, width=None):
         """Starting noise (len(seeds), 4, h, w), one seed for each picture: drawn on the CPU, so the same everywhere."""
-        height, width = height or self.resolution, width or self.resolution
+        height = self.resolution if height is None else height
+        width = self.resolution if width is None else width
         if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
             raise UserError(f"{width}×{height} pixels: both sides must be a multiple of {self.multiple}")
         shape = (self.transformer.config.in_channels, height // self.vae.config.factor, width // self.vae.config.factor)

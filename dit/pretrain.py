@@ -118,7 +118,7 @@ def train_vae(args, folder):
 
     vae = fit("vae", vae, loss, steps=args.vae_steps, lr=2e-3, folder=folder, device=args.device)
     with torch.no_grad():  # latents of unit variance for the transformer
-        scale = 1 / vae.encode(pool[: half : half // 500].to(args.device) / 127.5 - 1).std().item()
+        scale = 1 / vae.encode(pool[: half : max(1, half // 500)].to(args.device) / 127.5 - 1).std().item()
     vae.config = dataclasses.replace(config, scaling_factor=round(scale, 5))
     return vae
 

@@ -6,7 +6,7 @@ python -m dit.sample "a robot on a red background" --adapter runs/robot/adapter.
 
 from pathlib import Path
 
-from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, whole
+from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_picture
 from sparsecode import keep_atoms, load_adapter, set_density
@@ -22,7 +22,7 @@ def parse(argv=None):
     parser = Parser(prog="python -m dit.sample", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT")
+    add("prompts", type=unicode, nargs="+", metavar="PROMPT")
     add("--adapter", type=Path, help="adapter.safetensors of dit.finetune")
     add("--density", type=float, nargs="+", help="draw with each of these densities ρ instead of the trained one")
     add("--keep-atoms", type=atom_count, nargs="+", help="draw with only so many of the most important atoms, or all")

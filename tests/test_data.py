@@ -170,7 +170,8 @@ def test_a_missing_empty_or_undecodable_caption(folder):
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "3", '{"text": "x"}', '{"file_name": "b.png"}',
-                                  '{"file_name": "b.png", "text": null}', '{"file_name": 3, "text": "x"}'])  # fmt: skip
+                                  '{"file_name": "b.png", "text": null}', '{"file_name": 3, "text": "x"}',
+                                  '{"file_name": "b.png", "text": "\\ud800"}'])  # fmt: skip
 def test_a_bad_line_of_metadata(folder, line):
     (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "good"}\n' + line)
     with pytest.raises(UserError, match="metadata.jsonl line 2 is not"):

@@ -28,7 +28,7 @@ def test_every_stage_ends_in_a_pipeline_that_draws(tmp_path):
     again = pretrain(tmp_path)
     assert again.returncode == 2 and "--resume" in again.stderr and len(again.stderr.splitlines()) == 1
     before = (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    (tmp_path / "out" / "transformer" / "config.json").unlink()  # as if it had been killed before the last part was saved
+    (tmp_path / "out" / "transformer" / "config.json").unlink()  # as if killed before the last part was saved
     resumed = pretrain(tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before

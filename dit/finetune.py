@@ -67,7 +67,8 @@ def training_loss(model, data, order, visits, seed):
 def train(model, data, args, state, file):
     """AdamW on the adapters of `model`, from the checkpoint `state` on if there is one; returns the loss of every step.
 
-    A checkpoint is written to `file` once its weights have proved good: they gave a loss that is a number.
+    A checkpoint is written to `file` once its weights have proved good, by a loss that is a number; after the last step
+    in any case.
     """
     parameters = trainable(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)

@@ -67,8 +67,8 @@ def sample(pipe, args):
     pipe.encode_prompt(["", *args.prompts])
     pipe.free("text_encoder")
     rows = []
-    for label in variants(args, model):
-        for prompt in args.prompts:
+    for prompt in args.prompts:
+        for label in variants(args, model):
             repeated = [prompt] * len(args.seed)
             images = pipe.generate(repeated, steps=args.steps, guidance=args.guidance, latents=noise)
             rows.append((prompt + label, images))

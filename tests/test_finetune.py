@@ -177,8 +177,8 @@ def die(*_, **__):
     raise Killed
 
 
-@pytest.mark.parametrize("moment", ["no checkpoint", "a checkpoint", "between checkpoints", "measure_usage",
-                                    "write_csv", "plot_losses", "draw_prompts"])  # fmt: skip
+@pytest.mark.parametrize("moment", ["no checkpoint", "a checkpoint", "between checkpoints", "plot_losses",
+                                    "draw_prompts"])  # fmt: skip
 def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch, quick, moment):
     options = [*options, "--checkpoint-every", "2"]  # of 6 steps
     undisturbed = train(options, tmp_path / "undisturbed")

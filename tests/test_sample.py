@@ -67,13 +67,13 @@ def test_densities(tiny, adapter):
     drawn = rows(tiny, "a", "b", "--adapter", adapter, "--density", 0.25, 1, "--keep-atoms", 4, "all", "--seed", 0)
     assert [label for label, _ in drawn] == [
         f"{prompt} (density {density}, {atoms} atoms)"
+        for prompt in "ab"
         for density in (0.25, 1.0)
         for atoms in (4, "all")
-        for prompt in "ab"
     ]
     trained = rows(tiny, "a", "--adapter", adapter, "--seed", 0)
     assert trained[0][0] == "a (adapted)"
-    assert pixels(trained[0][1]) == pixels(drawn[2][1]) != pixels(drawn[6][1])
+    assert pixels(trained[0][1]) == pixels(drawn[1][1]) != pixels(drawn[3][1])
 
 
 def test_an_adapter_of_another_method(tiny, tmp_path):

@@ -109,7 +109,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     late = {block: torch.stack(seen[len(seen) // 2 :]).mean(0) for block, seen in maps.items()}  # (N, L) each
     focus = [(late[b][on_star, 2].mean() / late[b][~on_star, 2].mean()).item() for b in late]  # of token 2, "star"
     print("the star's patches look at the word 'star' more than the others do, block by block:", end=" ")
-    print(" ".join(f"{ratio:.1f}×" for ratio in focus), "(expect 0.4× in block 0, then 3× to 14×)")
+    print(" ".join(f"{ratio:.1f}×" for ratio in focus), "(expect 0.3× in block 0, then 2× to 8×)")
     attention = torch.stack([late[b] for b in late if b > 0]).mean(0)  # (N, L)
     draw_denoising(pipe, noise, steps, figures / "05_denoising.png")
     draw_attention(picture, attention.T.unflatten(1, (side, side)), words, figures / "05_cross_attention.png")

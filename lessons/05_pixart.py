@@ -154,7 +154,7 @@ def draw_attention(picture, attention, words, path):
 def finish(figure, axes, title, path):
     plt.setp(axes, xticks=[], yticks=[])
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -20,7 +20,7 @@ def check_05(got):
 
 def check_06(got):
     assert got["silent"] and got["same_as_base"]
-    assert got["parameters"] == {(128 + 128) * 256}
+    assert got["parameters"] == (128 + 128) * 256
     assert got["difference"] < 1e-4
     assert got["chosen"] == pytest.approx(5 / 256)
     assert got["mixed"] > got["chosen"]

@@ -6,10 +6,12 @@ from .attach import adapters, attach, detach, load_adapter, read_header, save_ad
 from .attention import Attention, attention_as_dictionary
 from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
+from .cost import Cost, attention_flops, dora_cost, lora_cost, oft_cost, sparse_cost
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 __all__ = [
     "Attention",
+    "Cost",
     "DoRA",
     "LoRA",
     "OFT",
@@ -19,10 +21,14 @@ __all__ = [
     "adapters",
     "attach",
     "attention_as_dictionary",
+    "attention_flops",
     "detach",
+    "dora_cost",
     "importance",
     "keep_atoms",
     "load_adapter",
+    "lora_cost",
+    "oft_cost",
     "read_header",
     "record_usage",
     "relu_threshold",
@@ -30,6 +36,7 @@ __all__ = [
     "save_adapter",
     "set_density",
     "soft_threshold",
+    "sparse_cost",
     "top_k",
     "trainable",
 ]

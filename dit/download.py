@@ -3,10 +3,9 @@
 Needs the extra `hub`: pip install -e ".[hub]"
 """
 
-import argparse
 from pathlib import Path
 
-from dit.cli import run
+from dit.cli import Parser, run
 from sparsecode.common import UserError
 
 TRANSFORMERS = {
@@ -17,11 +16,11 @@ TRANSFORMERS = {
 TEXT_AND_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m dit.download", description=__doc__.splitlines()[0])
+def main(argv=None):
+    parser = Parser(prog="python -m dit.download", description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, choices=TRANSFORMERS, default=1024, help="resolution of the transformer")
     parser.add_argument("--out", type=Path, help="folder (weights/pixart-sigma-SIZE)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError

@@ -4,7 +4,6 @@
     python -m dit.judge --adapter runs/robot/adapter.safetensors
 """
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dit.cli import add_model_arguments, load_pipeline, run
+from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, whole
+from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_picture, to_tensor
 from dit.scenes import BACKGROUNDS, COLOURS, PLACES, WORLDS, caption, sample_scene
 from sparsecode import load_adapter
@@ -97,18 +97,19 @@ def load_judge(folder):
     return judge.eval(), json.loads((folder / "config.json").read_text())["world"]
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m dit.judge", description=__doc__.splitlines()[0])
+def main(argv=None):
+    parser = Parser(prog="python -m dit.judge", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="judge the model with this adapter")
-    parser.add_argument("--pictures", type=int, default=400, help="of seen, and of withheld combinations")
+    parser.add_argument("--pictures", type=whole, default=400, help="of seen, and of withheld combinations")
     parser.add_argument("--guidance", type=float, nargs="+", help="the model's default, or several to compare")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="save 64 pictures of withheld combinations as a grid")
-    args = parser.parse_args()
+    parser.add_argument("--steps", type=whole, default=20)
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--out", type=Path, help="save up to 64 pictures of withheld combinations as a grid")
+    args = parser.parse_args(argv)
     if args.out:
         check_picture_path(args.out)
+    sampling_timesteps(args.steps)  # refuses too many
     pipe = load_pipeline(args)
     judge, world = load_judge(args.weights / "judge")
     if args.adapter:
@@ -121,7 +122,7 @@ def main():
             name = "withheld" if withheld else "seen"
             print(f"{guidance:8.2f} {name:12}  " + "  ".join(f"{share:10.3f}" for share in shares.values()), flush=True)
     if args.out:
-        save_picture(grid([("", images[i : i + 8]) for i in range(0, 64, 8)], side=64), args.out)
+        save_picture(grid([("", images[i : i + 8]) for i in range(0, min(64, len(images)), 8)], side=64), args.out)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dit.judge import CLASSES, Judge, captions_to_judge, load_judge, right, score
+from dit.judge import main as judge_command
 from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
 from dit.scenes import WORLDS, draw, natural_image
+from sparsecode import attach, save_adapter
 from sparsecode.common import UserError
 
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
@@ -103,3 +106,21 @@ def test_a_folder_without_a_part_is_refused(tmp_path):
     (tmp_path / "transformer").mkdir()
     with pytest.raises(UserError, match="text_encoder"):
         Pipeline.from_folder(tmp_path)
+
+
+def test_the_command_judges_with_an_adapter_and_saves_a_grid(tmp_path, capsys):
+    pipe = Pipeline.from_folder(TINY, torch.float32, "cpu")
+    attach(pipe.transformer, "sparse", atoms=8)
+    save_adapter(pipe.transformer, tmp_path / "adapter.safetensors")
+    options = ["--pictures", "4", "--steps", "6", "--device", "cpu"]
+    judge_command(options)
+    plain = capsys.readouterr().out
+    judge_command([*options, "--adapter", str(tmp_path / "adapter.safetensors"), "--out", str(tmp_path / "grid.png")])
+    assert capsys.readouterr().out == plain  # a fresh adapter is silent
+    assert [line.split()[:2] for line in plain.splitlines()[1:]] == [["3.00", "seen"], ["3.00", "withheld"]]
+    assert Image.open(tmp_path / "grid.png").size == (8 + 4 * 72, 8 + 72)
+
+
+def test_a_pipeline_without_a_judge_is_refused(tiny):
+    with pytest.raises(UserError, match="no judge"):
+        judge_command(["--weights", str(tiny)])

@@ -6,6 +6,7 @@ Prompt and pictures are encoded once; then only the adapter is trained, on  ‖�
 Writes adapter.safetensors, training.csv, loss.png and before_after.png into --out.
 """
 
+import argparse
 import csv
 import math
 import os
@@ -21,7 +22,7 @@ from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, s
 from dit.data import encode, find_captions, find_pictures, load_images
 from dit.diffusion import add_noise, noise_error, sampling_timesteps
 from dit.pictures import grid, save_picture, to_pil
-from sparsecode import adapters, attach, detach, record_usage, save_adapter, trainable
+from sparsecode import adapters, attach, detach, orthogonality, record_usage, save_adapter, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, replacing
 
@@ -87,6 +88,8 @@ def train(model, data, args, state, file):
             loss = training_loss(model, data, order, batch, args.seed) / args.gradient_accumulation
             loss.backward()
             total += loss.detach()
+        if args.orthogonality:
+            (args.orthogonality * orthogonality(model)).backward()
         parallel.average([total, *(p.grad for p in parameters)])
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -191,6 +194,13 @@ def draw_prompts(pipe, prompts, resolution):
 # ---- the command ------------------------------------------------------------------------------------------------
 
 
+def weight(text):
+    """For argparse: a number of 0 or more, and not infinite."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return float(text)
+
+
 def parse(argv=None):
     parser = Parser(prog="python -m dit.finetune", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
@@ -203,6 +213,7 @@ def parse(argv=None):
     add("--threshold", choices=("top_k", "soft", "relu"), help="σ (top_k)")
     add("--lam", type=float, help="λ of --threshold soft or relu")
     add("--order", choices=("before", "after"), help="σ before attention mixes (§3.4, the default) or after it (Eq. 8)")
+    add("--orthogonality", type=weight, default=0.0, help="weight of the penalty on atoms that are alike (Appendix A)")
     add("--target", default="attn1", help="regular expression for the attentions to adapt")
     add("--epochs", type=whole)
     add("--repeats", type=whole, help="how often an epoch visits each picture")
@@ -261,6 +272,8 @@ def method_options(args, defaults):
     if args.method != "sparse":
         if options:
             raise UserError(f"--method {args.method} does not use --{next(iter(options))}; leave it out")
+        if args.orthogonality:
+            raise UserError(f"--method {args.method} does not use --orthogonality; leave it out")
         return {}
     threshold = options.get("threshold", "top_k")
     if threshold != "top_k" and "density" in options:
@@ -297,7 +310,8 @@ def save_results(pipe, data, images, captions, prompts, losses, args):
     model = pipe.transformer
     if args.method == "sparse":
         measure_usage(model, data, args.seed)
-    names = ("seed", "epochs", "repeats", "batch_size", "gradient_accumulation", "lr", "resolution", "random_flip")
+    names = ("seed", "epochs", "repeats", "batch_size", "gradient_accumulation", "lr", "orthogonality")
+    names += ("resolution", "random_flip")
     notes = {name: getattr(args, name) for name in names}
     save_adapter(model, args.out / "adapter.safetensors", prompt=captions[0], steps=len(losses), **notes)
     write_csv(losses, args.out / "training.csv")

@@ -1,12 +1,13 @@
 """Sparse fine-tuning of transformers: the mathematics, which knows nothing of pictures."""
 
 from .adapter import SparseAdapter, SparseAttention
-from .atoms import importance, keep_atoms, record_usage, set_density
+from .atoms import importance, keep_atoms, orthogonality, record_usage, set_density
 from .attach import adapters, attach, detach, load_adapter, read_header, save_adapter, trainable
 from .attention import Attention, attention_as_dictionary
 from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
 from .cost import Cost, attention_flops, dora_cost, lora_cost, oft_cost, sparse_cost
+from .influence import effect, first_order, scale_atoms
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 __all__ = [
@@ -24,16 +25,20 @@ __all__ = [
     "attention_flops",
     "detach",
     "dora_cost",
+    "effect",
+    "first_order",
     "importance",
     "keep_atoms",
     "load_adapter",
     "lora_cost",
     "oft_cost",
+    "orthogonality",
     "read_header",
     "record_usage",
     "relu_threshold",
     "replacing",
     "save_adapter",
+    "scale_atoms",
     "set_density",
     "soft_threshold",
     "sparse_cost",

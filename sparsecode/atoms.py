@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 
 from .adapter import SparseAdapter
 from .attach import adapters
@@ -73,6 +74,20 @@ def keep_atoms(model, n):
     sizes = [adapter.atoms for adapter in layers.values()]
     for adapter, part in zip(layers.values(), kept.split(sizes)):
         adapter.keep.copy_(part)  # (M,)
+
+
+def orthogonality(model):
+    """Mean cos²(D_i, D_j) over pairs of different atoms, the mean over layers: a penalty to train with (Appendix A)
+
+    That is ‖D̂ D̂ᵀ − I‖² / (M (M − 1)) with the atoms at unit norm, which does not pull them to zero. It is 0 for
+    orthogonal atoms; M atoms of C < M numbers stay above (M − C) / (C (M − 1)), Welch's bound.
+    """
+    values = []
+    for adapter in _sparse(model).values():
+        unit = F.normalize(adapter.D, dim=1)  # (M, C)
+        cosines = (unit @ unit.T).fill_diagonal_(0)  # (M, C) x (C, M) -> (M, M)
+        values.append(cosines.square().sum() / max(1, adapter.atoms * (adapter.atoms - 1)))
+    return torch.stack(values).mean()
 
 
 def _sparse(model):

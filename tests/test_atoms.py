@@ -9,6 +9,7 @@ from sparsecode import (
     detach,
     importance,
     keep_atoms,
+    orthogonality,
     record_usage,
     set_density,
 )
@@ -160,10 +161,52 @@ def test_set_density_refuses_what_has_none():
         set_density(make(), 2)
 
 
+def test_orthogonality_is_the_mean_squared_cosine():
+    model = make(measured=False)
+    cosines = [
+        torch.cosine_similarity(adapter.D[i], adapter.D[j], dim=0).item() ** 2
+        for adapter in adapters(model).values()
+        for i in range(ATOMS)
+        for j in range(ATOMS)
+        if i != j
+    ]
+    assert orthogonality(model).item() == pytest.approx(sum(cosines) / len(cosines), rel=1e-5)
+
+
+def test_orthogonality_is_0_for_orthogonal_and_1_for_parallel_atoms_of_any_length():
+    model = make(measured=False)
+    lengths = torch.rand(ATOMS, 1) + 0.1
+    for adapter in adapters(model).values():
+        adapter.D.data = torch.linalg.qr(torch.randn(32, ATOMS))[0].T * lengths
+    assert orthogonality(model).item() < 1e-12
+    for adapter in adapters(model).values():
+        adapter.D.data = torch.randn(1, 32) * lengths
+    assert orthogonality(model).item() == pytest.approx(1, rel=1e-5)
+
+
+def test_orthogonality_can_be_trained_from_a_fresh_adapter_down_to_welchs_bound():
+    """Twice as many atoms as channels: no unit vectors go below (M − C) / (C (M − 1)), tight frames reach it."""
+    torch.manual_seed(0)
+    model = SmallModel()
+    attach(model, atoms=64)
+    orthogonality(model).backward()
+    for adapter in adapters(model).values():
+        assert adapter.D.grad.isfinite().all()  # though the atoms have no direction yet
+        adapter.D.data.normal_()
+    optimizer = torch.optim.Adam([adapter.D for adapter in adapters(model).values()], lr=0.03)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = orthogonality(model)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() == pytest.approx((64 - 32) / (32 * 63), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "call",
     [
         importance,
+        orthogonality,
         lambda model: set_density(model, 0.1),
         lambda model: keep_atoms(model, 0),
         lambda model: record_usage(model).__enter__(),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -122,7 +123,7 @@ def test_training_lowers_the_loss(options, tmp_path, quick):
 @pytest.mark.parametrize("more", [
     "--threshold soft --lam 0.1", "--threshold relu --lam 0", "--order after", "--target blocks.0.attn.",
     "--random-flip", "--method lora", "--method dora", "--method oft", "--prompt x --resolution 24", "--seed 3",
-    "--dtype bfloat16",
+    "--dtype bfloat16", "--orthogonality 1",
 ])  # fmt: skip
 def test_other_ways_to_train(options, tmp_path, quick, more):
     default = train(options, tmp_path / "default")
@@ -130,6 +131,21 @@ def test_other_ways_to_train(options, tmp_path, quick, more):
     assert all(tensor.isfinite().all() for tensor in other.values())
     same = other.keys() == default.keys() and all(torch.equal(other[name], default[name]) for name in other)
     assert not same
+
+
+def test_the_orthogonality_penalty(options, tmp_path, quick):
+    """Atoms that are less alike; the loss that is logged is without the penalty; a weight of 0 is none, to the bit."""
+    runs = {w: train([*options, "--epochs", 5], tmp_path / w, "--orthogonality", w) for w in ("0", "1")}
+    plain = train([*options, "--epochs", 5], tmp_path / "plain")
+    assert all(torch.equal(runs["0"][name], plain[name]) for name in plain)
+    assert read_losses(tmp_path / "1")[0] == read_losses(tmp_path / "plain")[0]
+    assert read_losses(tmp_path / "1")[1] == pytest.approx(read_losses(tmp_path / "plain")[1], rel=0.05)
+
+    def alike(tensors):
+        units = [F.normalize(D, dim=1) for name, D in tensors.items() if name.endswith(".D")]
+        return sum(((D @ D.T) ** 2).sum() - len(D) for D in units).item()
+
+    assert alike(runs["1"]) < 0.5 * alike(plain)
 
 
 def test_an_epoch_visits_each_picture_as_often_as_the_others():
@@ -284,6 +300,9 @@ MISTAKES = {
     "--lr 0": "above 0",
     "--lr inf": "above 0",
     "--seed -1": "0 or more",
+    "--orthogonality -1": "0 or more",
+    "--orthogonality inf": "0 or more",
+    "--method lora --orthogonality 1": "--method lora does not use --orthogonality",
     "--lr 1e30": "the loss became",
     "--unknown": "unrecognized",
 }

@@ -1,0 +1,100 @@
+"""What an atom does downstream: the expansion of Appendix A, and the measured effect in any model (Eqs. 10–19)."""
+
+import warnings
+from contextlib import ExitStack, contextmanager
+from math import comb
+
+import torch
+from numpy.polynomial import Polynomial
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .atoms import _sparse
+from .common import UserError
+
+# ---- layers that are polynomials: c (K,) holds c_1 … c_K, signals x (N, C), codes s (N, M), dictionary D (M, C) ----
+
+
+def polynomial(c, x):
+    """f(x) = Σ_{k=1..K} c_k x^k, element by element    (Eq. 10)"""
+    y = torch.zeros_like(x)
+    for c_k in c.flip(0):
+        y = (y + c_k) * x
+    return y
+
+
+def influence(c, x, s, D):
+    """B_K(d_m) = Σ_{k=1..K} c_k Σ_{j=1..k} C(k, j) x^{k−j} (s_m d_m)^j, by its degree j in d_m    (Eq. 18)
+
+    Returns (K, N, M, C); the sum over the K degrees is B_K. That is f(x + s_m d_m) − f(x): what the atom does alone.
+    Degree 1 is the first-order prediction f'(x) s_m d_m.
+    """
+    moved = s[:, :, None] * D  # (N, M, 1) x (M, C) -> (N, M, C)
+    terms = []
+    for j in range(1, len(c) + 1):
+        beta = sum(c[k - 1] * comb(k, j) * x ** (k - j) for k in range(j, len(c) + 1))  # (N, C)
+        terms.append(beta[:, None] * moved**j)  # (N, 1, C) x (N, M, C) -> (N, M, C)
+    return torch.stack(terms)  # (K, N, M, C)
+
+
+def compose(outer, inner):
+    """The c of outer(inner(x)): as many numbers as the product of both degrees, not the sum    (Eqs. 13, 19)"""
+    f, g = Polynomial([0, *outer.tolist()]), Polynomial([0, *inner.tolist()])
+    return torch.from_numpy(f(g).coef[1:]).to(outer)  # (K·K',)
+
+
+# ---- any model with sparse adapters -----------------------------------------------------------------------------
+
+
+@contextmanager
+def scale_atoms(model, atoms, factor):
+    """Multiply the coefficients S_m of some atoms by `factor` while the context is open: 0 takes the atoms away.
+
+    `atoms` says which: {name of the layer: indices}.
+    """
+    layers = _sparse(model)
+    with ExitStack() as stack:
+        for name, indices in atoms.items():
+            if name not in layers:
+                raise UserError(f"there are no atoms at {name!r}; there are at {', '.join(layers)}")
+            adapter, indices = layers[name], torch.as_tensor(indices)
+            if indices.numel() and not 0 <= indices.min() <= indices.max() < adapter.atoms:
+                raise UserError(f"{name} has atoms 0 to {adapter.atoms - 1}, not {indices.tolist()}")
+            chosen = torch.zeros(adapter.atoms, dtype=torch.bool, device=adapter.D.device)  # (M,)
+            chosen[indices] = True
+
+            def change(adapter, inputs, chosen=chosen):
+                (s,) = inputs  # (B, N, M)
+                return (torch.where(chosen, s * factor, s),)  # (B, N, M)
+
+            stack.callback(adapter.register_forward_pre_hook(change).remove)
+        yield
+
+
+@torch.no_grad()
+def effect(model, forward, atoms):
+    """forward() with some atoms minus forward() without them; all other atoms stay as `keep` has them.
+
+    `forward` takes nothing, runs the model and returns a tensor. With every other atom switched off this is what
+    Eq. 11 calls B(d_m), for the model as it is.
+    """
+    present = forward()
+    with scale_atoms(model, atoms, 0.0):
+        return present - forward()
+
+
+@torch.no_grad()
+def first_order(model, forward, atoms):
+    """What `effect` would be if all that follows were linear: d/dε forward() with the atoms scaled by ε, at ε = 0.
+
+    The term j = 1 of Eq. 18, for the model as it is. Forward-mode differentiation: torch.no_grad inside `forward` does
+    not disturb it.
+    """
+
+    def along(epsilon):
+        with scale_atoms(model, atoms, epsilon), sdpa_kernel(SDPBackend.MATH):  # fused kernels know no forward mode
+            return forward()
+
+    zero = torch.zeros((), device=next(model.parameters()).device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its torch.jit.script
+        return torch.func.jvp(along, (zero,), (torch.ones_like(zero),))[1]

@@ -79,8 +79,9 @@ class DoRA(LoRA):
 class OFT(nn.Module):
     """y = W (x R) + b,  R block-diagonal and orthogonal: R = (I − Q)(I + Q)⁻¹,  Q = (P − Pᵀ)/2
 
-    P (blocks, b, b) is stored in full, as in the paper's count of 37M, and starts at zero. The Cayley
-    transform is exact: a linear solve in float32 for each block.
+    P (blocks, b, b) is stored in full, as in the paper's count of 37M, and starts at zero. (peft stores
+    what is above the diagonal of Q: 18.5M.) The Cayley transform is exact: a linear solve in float32
+    for each block.
     """
 
     method = "oft"

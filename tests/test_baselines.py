@@ -166,6 +166,25 @@ def test_parameter_counts_at_the_size_of_pixart():
     assert counts["sparse"] == 28 * 2 * width * 256 == 16_515_072
 
 
+def test_parameter_counts_of_peft_at_the_size_of_pixart():
+    """The same for LoRA and DoRA; for OFT it stores the part above the diagonal of each skew-symmetric Q: half."""
+    peft = pytest.importorskip("peft")
+    projections = ["to_q", "to_k", "to_v", "to_out"]
+    configs = {
+        "lora": peft.LoraConfig(r=16, target_modules=projections),
+        "dora": peft.LoraConfig(r=16, use_dora=True, target_modules=projections),
+        "oft": peft.OFTConfig(r=4, oft_block_size=0, target_modules=projections),
+    }
+    counts = {}
+    for method, config in configs.items():
+        with torch.device("meta"):
+            model = nn.ModuleList(nn.ModuleDict({"attn1": Attention(1152, 16)}) for _ in range(28))
+            counts[method] = peft.get_peft_model(model, config).get_nb_trainable_parameters()[0]
+    b = 1152 // 4
+    assert counts == {"lora": 4_128_768, "dora": 4_257_792, "oft": 28 * 4 * 4 * b * (b - 1) // 2}
+    assert counts["oft"] == 18_514_944
+
+
 @pytest.mark.parametrize("method, options", [(LoRA, dict(r=0)), (DoRA, dict(r=-1)), (OFT, dict(blocks=5))])
 def test_refuses_what_makes_no_sense(method, options):
     (name, value), linear = *options.items(), nn.Linear(WIDTH_IN, WIDTH_OUT)

@@ -1,0 +1,302 @@
+"""Adapters that go to peft and come back: on diffusers' PixArtTransformer2DModel, with random weights.
+
+Tolerance in float32: ‖ours − theirs‖ / ‖theirs‖ ≤ 2e-5.
+"""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_model import SmallModel, shake
+from test_transformer import diffusers_transformer, inputs, relative, run_theirs
+
+from dit.checkpoint import load_transformer
+from sparsecode import UserError, adapters, attach, load_adapter, read_header, save_adapter, trainable
+from sparsecode.peft_layout import CONFIG, WEIGHTS
+
+OPTIONS = {"lora": dict(r=4, alpha=6), "dora": dict(r=4, alpha=6), "oft": dict(blocks=4)}
+TARGETS = {
+    "a regular expression": r".*attn1\.(to_[qkv]|to_out\.0)",
+    "endings": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"],
+    "both attentions": ["to_q", "to_k", "to_v", "to_out.0"],
+    "queries and values": ["to_q", "to_v"],
+}
+methods = pytest.mark.parametrize("method", OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """diffusers' random weights on disk."""
+    path = tmp_path_factory.mktemp("transformer")
+    diffusers_transformer().save_pretrained(path)
+    return path
+
+
+def config_of_peft(method, target_modules=TARGETS["a regular expression"], **changes):
+    if method == "oft":
+        settings = dict(r=4, oft_block_size=0, use_cayley_neumann=False)
+        return peft.OFTConfig(**{"target_modules": target_modules, **settings, **changes})
+    settings = dict(r=4, lora_alpha=6, use_dora=method == "dora")
+    return peft.LoraConfig(**{"target_modules": target_modules, **settings, **changes})
+
+
+def trained_by_peft(path, *args, **kwargs):
+    """diffusers' model with an adapter of peft's whose values say something, written by peft to `path`."""
+    model = peft.get_peft_model(diffusers_transformer(), config_of_peft(*args, **kwargs)).eval()
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "oft_" in name:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    return model
+
+
+def trained_here(folder, method):
+    model = load_transformer(folder)
+    torch.manual_seed(3)
+    shake(attach(model, method, **OPTIONS[method]))
+    return model
+
+
+# ---- there and back ---------------------------------------------------------------------------------------------
+
+
+@methods
+def test_peft_loads_what_is_saved_here(folder, method, tmp_path):
+    model, x = trained_here(folder, method), inputs()
+    save_adapter(model, tmp_path / "a", layout="peft")
+    assert sorted(os.listdir(tmp_path / "a")) == [CONFIG, WEIGHTS]
+    theirs = peft.PeftModel.from_pretrained(diffusers_transformer(), tmp_path / "a").eval()
+    expected = run_theirs(theirs, *x)
+    assert relative(model(*x), expected) < 2e-5
+    assert relative(expected, run_theirs(diffusers_transformer(), *x)) > 0.05
+    saved = sum(tensor.numel() for tensor in load_file(tmp_path / "a" / WEIGHTS).values())
+    theirs = peft.get_peft_model(diffusers_transformer(), config_of_peft(method))
+    assert saved == theirs.get_nb_trainable_parameters()[0]
+
+
+@methods
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_peft_saves_is_loaded_here(folder, method, target, tmp_path):
+    x = inputs()
+    expected = run_theirs(trained_by_peft(tmp_path / "theirs", method, TARGETS[target]), *x)
+    model = load_transformer(folder)
+    header = load_adapter(model, tmp_path / "theirs")
+    assert relative(model(*x), expected) < 2e-5
+    assert header["method"] == method and header["options"].items() >= OPTIONS[method].items()
+    assert header["prompt"] is None and header["notes"] == {} and header["base"] is None
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trainable(model)}
+    save_adapter(model, tmp_path / "ours", layout="peft")
+    theirs, ours = (load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@methods
+def test_a_fresh_adapter_of_peft_is_silent_here(folder, method, tmp_path):
+    peft.get_peft_model(diffusers_transformer(), config_of_peft(method)).save_pretrained(tmp_path)
+    model, x = load_transformer(folder), inputs()
+    before = model(*x)
+    load_adapter(model, tmp_path)
+    if method == "dora":  # its m is a norm that peft rounded in another order
+        assert relative(model(*x), before) < 1e-6
+    else:
+        assert torch.equal(model(*x), before)
+
+
+@methods
+def test_the_folder_keeps_what_the_file_keeps(folder, method, tmp_path):
+    model, x = trained_here(folder, method), inputs()
+    save_adapter(model, tmp_path / "a", prompt="a photo of a ☂", layout="peft", seed=3)
+    save_adapter(model, tmp_path / "a.safetensors", prompt="a photo of a ☂", seed=3)
+    loaded = load_transformer(folder)
+    header, of_file = load_adapter(loaded, tmp_path / "a"), read_header(tmp_path / "a.safetensors")
+    assert header == read_header(tmp_path / "a")
+    for key in ("method", "base", "notes", "prompt"):
+        assert header[key] == of_file[key]
+    assert relative(loaded(*x), model(*x)) < (1e-6 if method == "oft" else 1e-12)  # P is stored as Q
+    save_adapter(loaded, tmp_path / "again.safetensors")
+    again = load_transformer(folder)
+    load_adapter(again, tmp_path / "again.safetensors")
+    assert torch.equal(again(*x), loaded(*x)) and list(adapters(again)) == list(adapters(model))
+
+
+@pytest.mark.parametrize("changes", [dict(r=0, oft_block_size=4), dict(r=0, oft_block_size=5), dict(r=3)])
+def test_blocks_of_oft_are_told_by_the_tensors(folder, changes, tmp_path):
+    """peft makes 4 blocks of 4 of them all, with a warning where the number does not divide 16."""
+    with pytest.warns(UserWarning, match="Adjusted") if changes.get("oft_block_size") != 4 else nullcontext():
+        theirs = trained_by_peft(tmp_path, "oft", **changes)
+    model, x = load_transformer(folder), inputs()
+    blocks = load_adapter(model, tmp_path)["options"]["blocks"]
+    assert relative(model(*x), run_theirs(theirs, *x)) < 2e-5
+    assert {adapter.blocks for adapter in adapters(model).values()} == {blocks}
+
+
+def test_a_short_config_means_what_it_means_to_peft(folder, tmp_path):
+    trained_by_peft(tmp_path, "lora", r=8)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": TARGETS["endings"]}))
+    theirs = peft.PeftModel.from_pretrained(diffusers_transformer(), tmp_path).eval()
+    model, x = load_transformer(folder), inputs()
+    assert load_adapter(model, tmp_path)["options"].items() >= {"r": 8, "alpha": 8}.items()
+    assert relative(model(*x), run_theirs(theirs, *x)) < 2e-5
+
+
+def test_bfloat16_of_peft_is_read_into_float32(folder, tmp_path):
+    trained_by_peft(tmp_path, "lora")
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(tmp_path / WEIGHTS).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    load_adapter(model := load_transformer(folder), tmp_path)
+    A = adapters(model)["transformer_blocks.1.attn1.to_out"].A
+    expected = tensors["base_model.model.transformer_blocks.1.attn1.to_out.0.lora_A.weight"]
+    assert A.dtype == torch.float32 and torch.equal(A, expected.float())
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------------
+
+
+def edit(**settings):
+    def change(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({**config, **settings}))
+
+    return change
+
+
+def change_tensors(change):
+    def rewrite(folder):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return rewrite
+
+
+KEY = "base_model.model.transformer_blocks.1.attn1.to_q.lora_B.weight"
+BROKEN = {
+    "holds no adapter_config.json; name an adapter file": lambda folder: (folder / CONFIG).unlink(),
+    "is not JSON": lambda folder: (folder / CONFIG).write_text("{"),
+    "is not a table": lambda folder: (folder / CONFIG).write_text("[]"),
+    "there is no adapter file .*adapter_model": lambda folder: (folder / WEIGHTS).unlink(),
+    "cannot be read as safetensors": lambda folder: (folder / WEIGHTS).write_bytes(b"half"),
+    "is for VERA; only LORA": edit(peft_type="VERA"),
+    'bias is "lora_only"; only adapters without it': edit(bias="lora_only"),
+    'rank_pattern is {"to_q": 2}; only': edit(rank_pattern={"to_q": 2}),
+    r'modules_to_save is \["proj_out"\]; only': edit(modules_to_save=["proj_out"]),
+    "use_rslora is true; only": edit(use_rslora=True),
+    'init_lora_weights is "pissa"; only': edit(init_lora_weights="pissa"),
+    "layers_to_transform is 0; only": edit(layers_to_transform=0),
+    "a_setting_of_the_future is 1; only": edit(a_setting_of_the_future=1),
+    "r is '4' and lora_alpha is 6; both must be numbers": edit(r="4"),
+    "r=0 is not a rank": edit(r=0),
+    "target_modules is None; expected": edit(target_modules=None),
+    r"target_modules '\(' is no regular": edit(target_modules="("),
+    "target_modules 'to_z' names no projection": edit(target_modules="to_z"),
+    r"target_modules \['tn1.to_q'\] names no projection": edit(target_modules=["tn1.to_q"]),
+    "lacks .*to_q.lora_A.weight and 3 more": edit(target_modules=r".*(attn1.*|attn2\.to_q)"),
+    "has .*lora_A.weight and 3 more, which": edit(target_modules=r".*attn1\.(to_[qk]|to_out\.0)"),
+    f"lacks {KEY}$": change_tensors(lambda tensors: tensors.pop(KEY)),
+    r"has .*ff.net.2.lora_A.weight, which": change_tensors(
+        lambda tensors: tensors.update({KEY.replace("attn1.to_q.lora_B", "ff.net.2.lora_A"): torch.zeros(4, 16)})
+    ),
+    rf"has {KEY} of shape \[16, 3\] where \[16, 4\]": change_tensors(
+        lambda tensors: tensors.update({KEY: torch.zeros(16, 3)})
+    ),
+}
+
+
+def assert_refused(message, path, model):
+    modules, grads = list(model.modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(UserError, match=message) as error:
+        load_adapter(model, path)
+    assert "\n" not in str(error.value)
+    assert list(model.modules()) == modules and [p.requires_grad for p in model.parameters()] == grads
+
+
+@pytest.fixture(scope="module")
+def written_by_peft(tmp_path_factory):
+    path = tmp_path_factory.mktemp("peft")
+    trained_by_peft(path, "lora")
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_load_refuses_and_leaves_the_model_alone(message, folder, written_by_peft, tmp_path):
+    for name, content in written_by_peft.items():
+        (tmp_path / name).write_bytes(content)
+    BROKEN[message](tmp_path)
+    assert_refused(message, tmp_path, load_transformer(folder))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(use_cayley_neumann=True), "use_cayley_neumann is true; only"),
+        (dict(coft=True), "coft is true; only"),
+        (dict(block_share=True), "block_share is true; only"),
+    ],
+)
+def test_load_refuses_other_rotations(changes, message, folder, tmp_path):
+    trained_by_peft(tmp_path, "oft", **changes)
+    assert_refused(message, tmp_path, load_transformer(folder))
+    edit(**{name: False for name in changes})(tmp_path)
+    if "block_share" in changes:  # one block where four are
+        assert_refused("of shape", tmp_path, load_transformer(folder))
+
+
+def test_an_old_oft_without_the_setting_is_refused(folder, tmp_path):
+    """peft takes the approximation where a config does not say."""
+    trained_by_peft(tmp_path, "oft")
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["use_cayley_neumann"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert_refused("use_cayley_neumann is true", tmp_path, load_transformer(folder))
+
+
+def test_another_base_is_refused(folder, tmp_path):
+    """By its config, if the folder was written here; by its layers and widths, if by peft."""
+    save_adapter(trained_here(folder, "lora"), tmp_path / "ours", layout="peft")
+    trained_by_peft(tmp_path / "theirs", "lora")
+    for name, change in dict(deeper=dict(num_layers=3), wider=dict(num_attention_heads=3)).items():
+        diffusers_transformer(**change).save_pretrained(tmp_path / name)
+        model = load_transformer(tmp_path / name)
+        assert_refused("another base model: .* there and 3 here", tmp_path / "ours", model)
+        assert_refused("lacks" if name == "deeper" else "of shape", tmp_path / "theirs", model)
+    diffusers_transformer(interpolation_scale=2).save_pretrained(tmp_path / "other")
+    assert_refused("interpolation_scale", tmp_path / "ours", load_transformer(tmp_path / "other"))
+
+
+def test_single_projections_have_no_place_in_a_file_of_ours(folder, tmp_path):
+    trained_by_peft(tmp_path / "a", "lora", ["to_q", "to_v"])
+    load_adapter(model := load_transformer(folder), tmp_path / "a")
+    with pytest.raises(UserError, match="do not cover all projections of an attention; save them with layout='peft'"):
+        save_adapter(model, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_save_refuses(tmp_path):
+    attach(model := SmallModel(), "sparse", atoms=16)
+    with pytest.raises(UserError, match="peft has no sparse adapter"):
+        save_adapter(model, tmp_path / "a", layout="peft")
+    with pytest.raises(UserError, match="layout='diffusers' is unknown; choose sparsecode or peft"):
+        save_adapter(model, tmp_path / "a", layout="diffusers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_keeps_both_old_files(folder, tmp_path, monkeypatch):
+    model = trained_here(folder, "lora")
+    save_adapter(model, tmp_path, layout="peft")
+    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full_disk(tensors, target, metadata):
+        target.write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(sys.modules["sparsecode.peft_layout"], "save_file", full_disk)
+    shake(adapters(model).values())
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, tmp_path, layout="peft")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old

@@ -11,6 +11,7 @@ import csv
 import math
 import os
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from dit import parallel
+from dit.came import CAME
 from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, unicode, whole
 from dit.data import encode, find_captions, find_pictures, load_images
 from dit.diffusion import add_noise, noise_error, sampling_timesteps
@@ -28,6 +30,7 @@ from sparsecode.common import UserError, replacing
 
 # The paper's setting on the released weights (Appendix B); a model's own come from its defaults.json.
 DEFAULTS = {"epochs": 15, "repeats": 10, "batch_size": 1, "lr": 1e-4, "atoms": 256, "density": 0.02}
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
 OUTPUTS = ("adapter.safetensors", "training.csv", "loss.png", "before_after.png", "checkpoint.pt")
 SEEDS = (0, 1, 2, 3, 4)  # of the pictures before and after
 SHOWN_CAPTIONS = 3  # of the training pictures' captions, in before_after.png
@@ -66,13 +69,13 @@ def training_loss(model, data, order, visits, seed):
 
 
 def train(model, data, args, state, file):
-    """AdamW on the adapters of `model`, from the checkpoint `state` on if there is one; returns the loss of every step.
+    """Steps on the adapters of `model`, from the checkpoint `state` on if there is one; returns the loss of every step.
 
     A checkpoint is written to `file` once its weights have proved good, by a loss that is a number; after the last step
     in any case.
     """
     parameters = trainable(model)
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    optimizer = OPTIMIZERS[args.optimizer](parameters, lr=args.lr)
     order = visiting_order(len(data), args.epochs, args.repeats, args.seed)
     per_step = args.batch_size * args.gradient_accumulation * parallel.world_size()
     steps = math.ceil(len(order) / per_step)
@@ -219,6 +222,7 @@ def parse(argv=None):
     add("--repeats", type=whole, help="how often an epoch visits each picture")
     add("--batch-size", type=whole, help="of each process")
     add("--gradient-accumulation", type=whole, default=1, help="batches for each step of the optimizer")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw (§4.3) or came (Appendix B)")
     add("--lr", type=positive)
     add("--resolution", type=whole, help="side of the training pictures in pixels")
     add("--random-flip", action="store_true", help="train on mirror images as well")
@@ -310,7 +314,7 @@ def save_results(pipe, data, images, captions, prompts, losses, args):
     model = pipe.transformer
     if args.method == "sparse":
         measure_usage(model, data, args.seed)
-    names = ("seed", "epochs", "repeats", "batch_size", "gradient_accumulation", "lr", "orthogonality")
+    names = ("seed", "epochs", "repeats", "batch_size", "gradient_accumulation", "optimizer", "lr", "orthogonality")
     names += ("resolution", "random_flip")
     notes = {name: getattr(args, name) for name in names}
     save_adapter(model, args.out / "adapter.safetensors", prompt=captions[0], steps=len(losses), **notes)

@@ -23,7 +23,7 @@ def parse(argv=None):
     add_model_arguments(parser)
     add = parser.add_argument
     add("prompts", type=unicode, nargs="+", metavar="PROMPT")
-    add("--adapter", type=Path, help="adapter.safetensors of dit.finetune")
+    add("--adapter", type=Path, help="adapter.safetensors of dit.finetune, or a folder in peft's layout")
     add("--density", type=float, nargs="+", help="draw with each of these densities ρ instead of the trained one")
     add("--keep-atoms", type=atom_count, nargs="+", help="draw with only so many of the most important atoms, or all")
     add("--seed", type=seed, nargs="+", default=[0, 1, 2, 3], help="one column of pictures each")

@@ -84,6 +84,7 @@ def test_the_command(options, tmp_path):
     assert header["options"] == {"target": "attn1", "atoms": 8, "threshold": "top_k", "density": 0.25,
                                  "order": "before"}  # fmt: skip
     assert header["notes"]["seed"] == 0 and header["notes"]["steps"] == 6 and header["notes"]["lr"] == 0.01
+    assert header["notes"]["optimizer"] == "adamw"
     tensors = load_file(out / "adapter.safetensors")
     assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())  # W_s, D and usage
     rows = list(csv.reader(open(out / "training.csv")))
@@ -112,9 +113,11 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
     assert parts
 
 
-def test_training_lowers_the_loss(options, tmp_path, quick):
-    train(options, tmp_path / "still", "--lr", 1e-12, "--epochs", 20)
-    train(options, tmp_path / "run", "--epochs", 20)
+@pytest.mark.parametrize("optimizer", finetune.OPTIMIZERS)
+def test_training_lowers_the_loss(options, tmp_path, quick, optimizer):
+    options = [*options, "--optimizer", optimizer, "--epochs", "20"]
+    train(options, tmp_path / "still", "--lr", 1e-12)
+    train(options, tmp_path / "run")
     still, trained = read_losses(tmp_path / "still"), read_losses(tmp_path / "run")
     assert trained[0] == still[0]  # a fresh adapter is silent
     assert trained[-60:].mean() < 0.95 * still[-60:].mean()  # of the same visits
@@ -122,7 +125,8 @@ def test_training_lowers_the_loss(options, tmp_path, quick):
 
 @pytest.mark.parametrize("more", [
     "--threshold soft --lam 0.1", "--threshold relu --lam 0", "--order after", "--target blocks.0.attn.",
-    "--random-flip", "--method lora", "--method dora", "--method oft", "--prompt x --resolution 24", "--seed 3",
+    "--random-flip", "--optimizer came", "--method lora", "--method dora", "--method oft", "--prompt x --resolution 24",
+    "--seed 3",
     "--dtype bfloat16", "--orthogonality 1",
 ])  # fmt: skip
 def test_other_ways_to_train(options, tmp_path, quick, more):
@@ -193,10 +197,12 @@ def die(*_, **__):
     raise Killed
 
 
-@pytest.mark.parametrize("moment", ["no checkpoint", "a checkpoint", "between checkpoints", "plot_losses",
-                                    "draw_prompts"])  # fmt: skip
-def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch, quick, moment):
-    options = [*options, "--checkpoint-every", "2"]  # of 6 steps
+@pytest.mark.parametrize("moment, optimizer", [
+    ("no checkpoint", "adamw"), ("a checkpoint", "adamw"), ("between checkpoints", "adamw"), ("plot_losses", "adamw"),
+    ("draw_prompts", "adamw"), ("between checkpoints", "came"),
+])  # fmt: skip
+def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch, quick, moment, optimizer):
+    options = [*options, "--optimizer", optimizer, "--checkpoint-every", "2"]  # of 6 steps
     undisturbed = train(options, tmp_path / "undisturbed")
     out, real = tmp_path / "run", finetune.training_loss
     steps = {"no checkpoint": 1, "a checkpoint": 3, "between checkpoints": 4}
@@ -245,6 +251,7 @@ def stopped(options, tmp_path, monkeypatch, quick):
 
 
 @pytest.mark.parametrize("more, name", [("--lr 0.02", "--lr"), ("--density 0.5", "--density"), ("--seed 1", "--seed"),
+                                        ("--optimizer came", "--optimizer"),
                                         ("--method lora", "--method"), ("--prompt x", "--images")])  # fmt: skip
 def test_changed_settings_are_not_resumed(options, stopped, more, name):
     with pytest.raises(UserError, match=f"belongs to a run with {name} "):
@@ -281,6 +288,7 @@ MISTAKES = {
     "--device sofa": "cannot be used",
     "--dtype int8": "invalid choice",
     "--method magic": "invalid choice",
+    "--optimizer sgd": "invalid choice",
     "--atoms 7": "does not split over 2 heads",
     "--atoms 0": "does not split over 2 heads",
     "--density 0": "density=0.0",

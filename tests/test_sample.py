@@ -14,14 +14,14 @@ from sparsecode import attach, record_usage, save_adapter
 from sparsecode.common import UserError
 
 
-def make_adapter(weights, file, method="sparse", **options):
+def make_adapter(weights, file, method="sparse", layout="sparsecode", **options):
     pipe = Pipeline.from_folder(weights, device="cpu")
     torch.manual_seed(0)
     shake(attach(pipe.transformer, method, **options))
     if method == "sparse":
         with record_usage(pipe.transformer):
             pipe.generate(["a robot"], steps=2)
-    save_adapter(pipe.transformer, file)
+    save_adapter(pipe.transformer, file, layout=layout)
     return file
 
 
@@ -76,8 +76,9 @@ def test_densities(tiny, adapter):
     assert pixels(trained[0][1]) == pixels(drawn[1][1]) != pixels(drawn[3][1])
 
 
-def test_an_adapter_of_another_method(tiny, tmp_path):
-    file = make_adapter(tiny, tmp_path / "lora.safetensors", "lora", r=2)
+@pytest.mark.parametrize("layout", ["sparsecode", "peft"])
+def test_an_adapter_of_another_method(tiny, tmp_path, layout):
+    file = make_adapter(tiny, tmp_path / "lora", "lora", layout, r=2)
     drawn = rows(tiny, "a", "--adapter", file, "--seed", 0)
     assert drawn[0][0] == "a (adapted)" and pixels(drawn[0][1]) != pixels(rows(tiny, "a", "--seed", 0)[0][1])
     with pytest.raises(UserError, match="only for the sparse method"):

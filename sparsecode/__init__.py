@@ -1,13 +1,13 @@
 """Sparse fine-tuning of transformers: the mathematics, which knows nothing of pictures."""
 
 from .adapter import SparseAdapter, SparseAttention
-from .atoms import importance, keep_atoms, orthogonality, record_usage, set_density
+from .atoms import importance, keep_atoms, orthogonality, record_maps, record_usage, set_density, top_atoms
 from .attach import adapters, attach, detach, load_adapter, read_header, save_adapter, trainable
 from .attention import Attention, attention_as_dictionary
 from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
 from .cost import Cost, attention_flops, dora_cost, lora_cost, oft_cost, sparse_cost
-from .influence import effect, first_order, scale_atoms
+from .influence import effect, first_order, only_atoms, scale_atoms
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 __all__ = [
@@ -32,8 +32,10 @@ __all__ = [
     "load_adapter",
     "lora_cost",
     "oft_cost",
+    "only_atoms",
     "orthogonality",
     "read_header",
+    "record_maps",
     "record_usage",
     "relu_threshold",
     "replacing",
@@ -42,6 +44,7 @@ __all__ = [
     "set_density",
     "soft_threshold",
     "sparse_cost",
+    "top_atoms",
     "top_k",
     "trainable",
 ]

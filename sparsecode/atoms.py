@@ -55,6 +55,39 @@ def importance(model):
     return {name: adapter.usage * adapter.D.norm(dim=1) for name, adapter in layers.items()}  # (M,) each
 
 
+@torch.no_grad()
+def top_atoms(model, n):
+    """The n most important atoms of the whole model, the most important first: (layer, m, importance) of each."""
+    scores = importance(model)
+    atoms = [(name, m) for name, score in scores.items() for m in range(len(score))]
+    if not isinstance(n, int) or not 1 <= n <= len(atoms):
+        raise UserError(f"cannot name the top {n!r} atoms; choose a number from 1 to {len(atoms)}")
+    best = torch.cat([score.cpu() for score in scores.values()]).topk(n)  # (all atoms,) -> (n,)
+    return [(*atoms[i], value) for i, value in zip(best.indices.tolist(), best.values.tolist())]
+
+
+@contextmanager
+def record_maps(model, atoms):
+    """Collect S_m, token by token, of some atoms at every call of the model while the context is open.
+
+    `atoms` says which: {layer: [m, …]}. Yields {layer: list}, one (B, N, len(atoms[layer])) for each call.
+    """
+    layers, maps = _sparse(model), {name: [] for name in atoms}
+
+    def collector(name):
+        def collect(adapter, inputs, output):
+            maps[name].append(inputs[0][..., atoms[name]].detach().float().cpu())  # (B, N, M) -> (B, N, atoms)
+
+        return collect
+
+    hooks = [layers[name].register_forward_hook(collector(name)) for name in atoms]
+    try:
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def keep_atoms(model, n):
     """Keep the n most important atoms of the whole model and switch the others off (Fig. 3).
 

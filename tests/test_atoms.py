@@ -10,8 +10,10 @@ from sparsecode import (
     importance,
     keep_atoms,
     orthogonality,
+    record_maps,
     record_usage,
     set_density,
+    top_atoms,
 )
 
 ATOMS = 16  # in each of two layers
@@ -133,6 +135,43 @@ def test_keeps_the_n_most_important_of_the_whole_model(n, inputs):
     assert torch.equal(model(*inputs), other(*inputs))
 
 
+@pytest.mark.parametrize("n", [1, 5, 2 * ATOMS])
+def test_top_atoms_are_those_that_are_kept(n):
+    model = make()
+    scores = importance(model)
+    by_hand = sorted(((scores[name][m].item(), name, m) for name in scores for m in range(ATOMS)), reverse=True)
+    best = top_atoms(model, n)
+    assert best == [(name, m, score) for score, name, m in by_hand[:n]]
+    keep_atoms(model, n)
+    kept = {(name, m) for name, adapter in adapters(model).items() for m in range(ATOMS) if adapter.keep[m]}
+    assert kept == {(name, m) for name, m, _ in best}
+
+
+@pytest.mark.parametrize("n", [0, 2 * ATOMS + 1, "all"])
+def test_top_atoms_refuses_what_is_no_number_of_atoms(n):
+    with pytest.raises(UserError, match="choose a number from 1 to 32"):
+        top_atoms(make(), n)
+
+
+def test_maps_are_the_coefficients_of_each_call():
+    """S from its definition, which attends apart from the library's one pass: 1e-5 for sums of 30 numbers near 1."""
+    model = make()
+    calls = [small_inputs(2, 9), small_inputs(1, 30)]
+    layer = model.blocks[0]["attn1"]
+    with record_maps(model, {"blocks.0.attn1": [7, 2], "blocks.1.attn1": [0]}) as maps:
+        for call in calls:
+            model(*call)
+    assert {name: [tuple(s.shape) for s in seen] for name, seen in maps.items()} == {
+        "blocks.0.attn1": [(2, 9, 2), (1, 30, 2)],
+        "blocks.1.attn1": [(2, 9, 1), (1, 30, 1)],
+    }
+    for (x, _), seen in zip(calls, maps["blocks.0.attn1"]):
+        expected = coefficients(layer.adapter, layer.base, x)[..., [7, 2]]
+        torch.testing.assert_close(seen, expected, atol=1e-5, rtol=1e-5)
+        assert seen.grad_fn is None and seen.any()
+    assert not any(adapter._forward_hooks for adapter in adapters(model).values())
+
+
 def test_keep_can_grow_again(inputs):
     model, other = make(), make()
     keep_atoms(model, 2)
@@ -210,6 +249,8 @@ def test_orthogonality_can_be_trained_from_a_fresh_adapter_down_to_welchs_bound(
         lambda model: set_density(model, 0.1),
         lambda model: keep_atoms(model, 0),
         lambda model: record_usage(model).__enter__(),
+        lambda model: record_maps(model, {}).__enter__(),
+        lambda model: top_atoms(model, 1),
     ],
 )
 def test_atoms_exist_only_for_the_sparse_method(call):

@@ -126,8 +126,7 @@ def test_training_lowers_the_loss(options, tmp_path, quick, optimizer):
 @pytest.mark.parametrize("more", [
     "--threshold soft --lam 0.1", "--threshold relu --lam 0", "--order after", "--target blocks.0.attn.",
     "--random-flip", "--optimizer came", "--method lora", "--method dora", "--method oft", "--prompt x --resolution 24",
-    "--seed 3",
-    "--dtype bfloat16", "--orthogonality 1",
+    "--seed 3", "--dtype bfloat16", "--orthogonality 1",
 ])  # fmt: skip
 def test_other_ways_to_train(options, tmp_path, quick, more):
     default = train(options, tmp_path / "default")

@@ -14,6 +14,11 @@ class Cost:
     merge: float | None  # FLOPs, once, to fold the adapter into the frozen weights; None where that cannot be done
     forward: dict[str, float]  # product -> FLOPs of one pass over N tokens beside the frozen weights
 
+    def __str__(self):
+        forward = " + ".join(f"{flops / 1e9:.2g} for {product}" for product, flops in self.forward.items())
+        merge = "cannot be merged" if self.merge is None else f"or {self.merge / 1e9:.2g} once to merge"
+        return f"{self.parameters:,} trained, {self.storage:,.0f} stored; GFLOP: {forward}, {merge}"
+
 
 def sparse_cost(c_in, c_out, *, tokens, atoms=256, density=0.02):
     """ΔO = A σ(X W_s) D with W_s (C_i, M) and D (M, C_o)

@@ -112,6 +112,14 @@ def test_flops_of_the_solve_are_those_of_elimination():
     assert oft_cost(b, b, tokens=1, blocks=1).forward["R"] / 4 == pytest.approx(flops, rel=2 / b)
 
 
+def test_reads_well():
+    costs = sparse_cost(1024, 1024, tokens=1024, density=0.01), lora_cost(1024, 1024, tokens=1024)
+    assert [str(cost) for cost in costs] == [
+        "524,288 trained, 264,765 stored; GFLOP: 0.54 for X W_s + 0.54 for A σ + 0.0054 for S D, cannot be merged",
+        "131,072 trained, 131,072 stored; GFLOP: 0.27 for (X Aᵀ) Bᵀ, or 0.13 once to merge",
+    ]
+
+
 def test_what_the_density_changes():
     """Only D's share of the storage and S D; the density of 1 stores all that is trained."""
     sparse, dense = (sparse_cost(20, 30, tokens=7, atoms=50, density=rho) for rho in (0.1, 1))

@@ -24,9 +24,10 @@ def sparse_cost(c_in, c_out, *, tokens, atoms=256, density=0.02):
     """ΔO = A σ(X W_s) D with W_s (C_i, M) and D (M, C_o)
 
     The paper's FLOPs are "X W_s" and "S D": 2 N M C_i + 2 ρ N M C_o. It leaves out that A has to mix S over the tokens,
-    2 N² M, which overtakes X W_s as soon as N > C_i. And ρ is its density before that; torch, which knows no sparse
-    product, runs "S D" as if it were 1. Its storage, C_i M + ρ C_o M, holds if all tokens together use only ρ M atoms.
-    σ is not linear, so there is nothing to merge.
+    2 N² M, which overtakes X W_s as soon as N > C_i. And its ρ is the density before A mixes. `SparseAttention`, whose
+    products are dense, runs "S D" at ρ = 1, and spends "A σ" once more on the zeros that it pads q and k with.
+    The paper's storage, C_i M + ρ C_o M, suffices if all tokens together use only ρ M atoms. σ is not linear, so there
+    is nothing to merge.
     """
     return Cost(
         parameters=(c_in + c_out) * atoms,

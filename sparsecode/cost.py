@@ -1,6 +1,6 @@
 """What an adapter costs beside one attention: parameters, storage and FLOPs (§3.5). Plain arithmetic.
 
-A multiplication and an addition are two FLOPs, and only products of matrices are counted, as in the paper: no
+A multiplication and an addition are two FLOPs. Only products of matrices, and OFT's solve, are counted: no
 thresholds, norms or sorting. The four projections q, k, v and output all go from C_i to C_o.
 """
 

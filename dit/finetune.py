@@ -223,7 +223,7 @@ def parse(argv=None):
     add("--batch-size", type=whole, help="of each process")
     add("--gradient-accumulation", type=whole, default=1, help="batches for each step of the optimizer")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw (§4.3) or came (Appendix B)")
-    add("--lr", type=positive)
+    add("--lr", type=positive, help="(the model's own for adamw, 1e-4 for came)")
     add("--resolution", type=whole, help="side of the training pictures in pixels")
     add("--random-flip", action="store_true", help="train on mirror images as well")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
@@ -261,6 +261,8 @@ def remove_leftovers(out):
 def complete(args, pipe):
     """Fill in what the user left open, from the model's defaults.json and then the paper's."""
     defaults = DEFAULTS | pipe.defaults.get("finetune", {})
+    if args.optimizer == "came":
+        defaults["lr"] = DEFAULTS["lr"]  # a model's own is for AdamW, whose steps are shorter
     for name in ("epochs", "repeats", "batch_size", "lr"):
         setattr(args, name, getattr(args, name) or defaults[name])
     args.resolution = args.resolution or pipe.resolution

@@ -115,7 +115,7 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
 
 @pytest.mark.parametrize("optimizer", finetune.OPTIMIZERS)
 def test_training_lowers_the_loss(options, tmp_path, quick, optimizer):
-    options = [*options, "--optimizer", optimizer, "--epochs", "20"]
+    options = [*options, "--optimizer", optimizer, "--lr", "0.01", "--epochs", "20"]
     train(options, tmp_path / "still", "--lr", 1e-12)
     train(options, tmp_path / "run")
     still, trained = read_losses(tmp_path / "still"), read_losses(tmp_path / "run")
@@ -149,6 +149,14 @@ def test_the_orthogonality_penalty(options, tmp_path, quick):
         return sum(((D @ D.T) ** 2).sum() - len(D) for D in units).item()
 
     assert alike(runs["1"]) < 0.5 * alike(plain)
+
+
+def test_lr_of_each_optimizer(options, tmp_path, quick):
+    """The model's own is AdamW's: on the shipped model CAME would only do harm with it. CAME takes the paper's."""
+    for optimizer, lr in {"adamw": 0.01, "came": 1e-4}.items():
+        train(options, tmp_path / optimizer, "--optimizer", optimizer)
+        notes = read_header(tmp_path / optimizer / "adapter.safetensors")["notes"]
+        assert (notes["optimizer"], notes["lr"]) == (optimizer, lr)
 
 
 def test_an_epoch_visits_each_picture_as_often_as_the_others():

@@ -13,7 +13,8 @@ class CAME(torch.optim.Optimizer):
         θ ← θ − lr · m / √S
 
     A vector keeps V itself, and moves by lr · m. In a tensor with more axes each matrix of the last two is factored
-    alone. The averages start at 0 and are not corrected for it, so that the first steps are about 11 · lr long.
+    alone. The averages start at 0 and are not corrected for it, so that S is too small by 1 − β₃ᵗ, and step t too long
+    by about 100 / √t until t comes near 10,000: an lr here moves further than the same lr of Adam.
     """
 
     def __init__(self, params, *, lr=1e-4, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), clip_threshold=1.0):

@@ -237,14 +237,20 @@ def parse(argv=None):
     return args
 
 
-def check_out(out, resume):
-    """Refuse a folder that cannot be written, holds other files, or holds a run that is not to go on."""
+def check_folder(out, outputs):
+    """The names of the files in a folder; refused if it cannot be written or holds others than `outputs`."""
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {out} cannot be made: {there} is no folder that you may write to")
     present = {file.name for file in out.iterdir() if not file.name.startswith(".")} if out.exists() else set()
-    if foreign := sorted(present - set(OUTPUTS)):
+    if foreign := sorted(present - set(outputs)):
         raise UserError(f"--out {out} holds other files ({foreign[0]}); name a new or empty folder")
+    return present
+
+
+def check_out(out, resume):
+    """Refuse also a folder that holds a run which is not to go on."""
+    present = check_folder(out, OUTPUTS)
     if "adapter.safetensors" in present and "checkpoint.pt" not in present:
         raise UserError(f"--out {out} holds a finished run; name another folder, or remove it to train again")
     if present and not resume:

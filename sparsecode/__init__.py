@@ -7,7 +7,7 @@ from .attention import Attention, attention_as_dictionary
 from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
 from .cost import Cost, attention_flops, dora_cost, lora_cost, oft_cost, sparse_cost
-from .influence import effect, first_order, only_atoms, scale_atoms
+from .influence import additivity_error, effect, first_order, linearity_error, only_atoms, scale_atoms
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "SparseAttention",
     "UserError",
     "adapters",
+    "additivity_error",
     "attach",
     "attention_as_dictionary",
     "attention_flops",
@@ -29,6 +30,7 @@ __all__ = [
     "first_order",
     "importance",
     "keep_atoms",
+    "linearity_error",
     "load_adapter",
     "lora_cost",
     "oft_cost",

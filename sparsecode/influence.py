@@ -1,7 +1,7 @@
 """What an atom does downstream: the expansion of Appendix A, and the measured effect in any model (Eqs. 10–19)."""
 
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from math import comb
 
 import torch
@@ -45,37 +45,57 @@ def compose(outer, inner):
 # ---- any model with sparse adapters -----------------------------------------------------------------------------
 
 
-@contextmanager
 def scale_atoms(model, atoms, factor):
-    """Multiply the coefficients S_m of some atoms by `factor` while the context is open: 0 takes the atoms away.
+    """A context in which the coefficients S_m of some atoms are multiplied by `factor`: 0 takes the atoms away.
 
     `atoms` says which: {name of the layer: indices}.
     """
+    return _scaled(model, _masks(model, atoms), factor)
+
+
+def only_atoms(model, atoms):
+    """A context in which all other atoms are taken away."""
+    return _scaled(model, {name: ~mask for name, mask in _masks(model, atoms).items()}, 0.0)
+
+
+def _masks(model, atoms):
+    """{name: which of its atoms are meant, (M,)} for every layer"""
     layers = _sparse(model)
-    with ExitStack() as stack:
-        for name, indices in atoms.items():
-            if name not in layers:
-                raise UserError(f"there are no atoms at {name!r}; there are at {', '.join(layers)}")
-            adapter, indices = layers[name], torch.as_tensor(indices)
-            if indices.numel() and not 0 <= indices.min() <= indices.max() < adapter.atoms:
-                raise UserError(f"{name} has atoms 0 to {adapter.atoms - 1}, not {indices.tolist()}")
-            chosen = torch.zeros(adapter.atoms, dtype=torch.bool, device=adapter.D.device)  # (M,)
-            chosen[indices] = True
+    masks = {name: torch.zeros_like(adapter.keep) for name, adapter in layers.items()}
+    for name, indices in atoms.items():
+        if name not in layers:
+            raise UserError(f"there are no atoms at {name!r}; there are at {', '.join(layers)}")
+        for m in indices:
+            if not 0 <= m < len(masks[name]):
+                raise UserError(f"{name} has no atom {m}; it has 0 to {len(masks[name]) - 1}")
+            masks[name][m] = True
+    return masks
 
-            def change(adapter, inputs, chosen=chosen):
-                (s,) = inputs  # (B, N, M)
-                return (torch.where(chosen, s * factor, s),)  # (B, N, M)
 
-            stack.callback(adapter.register_forward_pre_hook(change).remove)
+@contextmanager
+def _scaled(model, masks, factor):
+    def scaler(mask):
+        def hook(adapter, inputs):
+            (s,) = inputs  # (B, N, M)
+            return (torch.where(mask, s * factor, s),)  # (B, N, M)
+
+        return hook
+
+    layers = _sparse(model)
+    hooks = [layers[name].register_forward_pre_hook(scaler(mask)) for name, mask in masks.items() if mask.any()]
+    try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
 def effect(model, forward, atoms):
-    """forward() with some atoms minus forward() without them; all other atoms stay as `keep` has them.
+    """forward() with some atoms minus forward() without them; all other atoms stay as they are.
 
-    `forward` takes nothing, runs the model and returns a tensor. With every other atom switched off this is what
-    Eq. 11 calls B(d_m), for the model as it is.
+    `forward` takes nothing, runs the model and returns a tensor. Inside only_atoms(model, atoms) this is what Eq. 11
+    calls B(d_m), for the model as it is.
     """
     present = forward()
     with scale_atoms(model, atoms, 0.0):
@@ -98,3 +118,38 @@ def first_order(model, forward, atoms):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its torch.jit.script
         return torch.func.jvp(along, (zero,), (torch.ones_like(zero),))[1]
+
+
+@torch.no_grad()
+def linearity_error(model, forward, atoms, scale=1.0):
+    """‖effect − first order‖ / ‖effect‖ of some atoms times `scale`, for each row of forward(), (B,)
+
+    Where what follows is smooth, it shrinks with `scale`. nan for a row to which the atoms do nothing.
+    """
+    with scale_atoms(model, atoms, 0.0):
+        without = forward()  # (B, …)
+    with scale_atoms(model, atoms, scale):
+        change = forward() - without  # (B, …)
+    return _relative(change - scale * first_order(model, forward, atoms), change)  # (B,)
+
+
+@torch.no_grad()
+def additivity_error(model, forward, atoms):
+    """‖effect of all − Σ_m effect of m alone‖ / ‖effect of all‖ for each row of forward(), (B,): 0 says Eq. 11
+
+    "Alone" is beside the base model; atoms other than these are left out throughout.
+    """
+    with only_atoms(model, {}):
+        base = forward()  # (B, …)
+    with only_atoms(model, atoms):
+        change = forward() - base  # (B, …)
+    rest = change.clone()  # (B, …)
+    for name, indices in atoms.items():
+        for m in indices:
+            with only_atoms(model, {name: [m]}):
+                rest -= forward() - base  # (B, …)
+    return _relative(rest, change)  # (B,)
+
+
+def _relative(error, truth):
+    return error.flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)  # (B, …) -> (B,)

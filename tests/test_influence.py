@@ -4,8 +4,18 @@ import pytest
 import torch
 from small_model import SmallModel, shake, small_inputs
 
-from sparsecode import UserError, adapters, attach, effect, first_order, keep_atoms, scale_atoms
-from sparsecode.influence import compose, influence, polynomial
+from sparsecode import UserError, adapters, attach, keep_atoms
+from sparsecode.influence import (
+    additivity_error,
+    compose,
+    effect,
+    first_order,
+    influence,
+    linearity_error,
+    only_atoms,
+    polynomial,
+    scale_atoms,
+)
 
 N, M, C = 3, 4, 12
 LAYER = "blocks.0.attn1"
@@ -125,6 +135,17 @@ def test_effect_is_the_difference_that_zeroed_atoms_make():
     assert measured.norm() > 0.1
 
 
+def test_only_atoms_is_the_base_model_and_these():
+    model, forward = make(density=0.25)
+    with only_atoms(model, {LAYER: [1, 5]}):
+        measured = effect(model, forward, {LAYER: [1, 5]})
+    keep_atoms(model, 0)
+    base = forward()
+    adapters(model)[LAYER].keep[[1, 5]] = True
+    torch.testing.assert_close(measured, (forward() - base).detach())
+    assert measured.norm() > 0.1
+
+
 def test_effect_of_an_atom_that_is_not_kept_is_nothing():
     model, forward = make()
     assert effect(model, forward, {LAYER: [2]}).any()
@@ -168,8 +189,8 @@ def test_first_order_is_exact_where_all_that_follows_is_linear():
     torch.testing.assert_close(effect(model, forward, atoms), first_order(model, forward, atoms), rtol=1e-4, atol=1e-5)
 
 
-def test_first_order_of_a_polynomial_layer_is_degree_1_of_eq_18():
-    """An atom before f, measured in a model, against the formula: no adapter's mathematics is shared."""
+def polynomial_model():
+    """Atoms before a layer f of degree 3: model, input, c, and what reaches f: (N, C) without atoms, their S and D."""
     c = numbers(3)
 
     class Polynomial(SmallModel):
@@ -177,22 +198,51 @@ def test_first_order_of_a_polynomial_layer_is_degree_1_of_eq_18():
             return polynomial(c, self.blocks[0]["attn1"](x))
 
     torch.manual_seed(0)
-    model = Polynomial()
+    model, seen = Polynomial(), []
     shake(attach(model, target=LAYER, atoms=8, density=1.0))
     model.double()
-    x, seen = numbers(1, 5, 32, seed=1), []
-    adapter = adapters(model)[LAYER]
+    x, adapter = numbers(1, 5, 32, seed=1), adapters(model)[LAYER]
     with adapter.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][0])), torch.no_grad():
         model(x)
-    s = seen[0]  # (N, M)
-    with scale_atoms(model, {LAYER: range(8)}, 0.0), torch.no_grad():
-        without = model.blocks[0]["attn1"](x)[0]  # (N, C)
-    others = {LAYER: [m for m in range(8) if m != 2]}
-    with scale_atoms(model, others, 0.0):
+        with only_atoms(model, {}):
+            base = model.blocks[0]["attn1"](x)[0]  # (N, C)
+    return model, x, c, base, seen[0], adapter.D.detach()
+
+
+def test_effect_and_first_order_before_a_polynomial_layer_are_eq_18():
+    model, x, c, base, s, D = polynomial_model()
+    with only_atoms(model, {LAYER: [2]}):
         alone, slope = (f(model, lambda: model(x), {LAYER: [2]})[0] for f in (effect, first_order))  # (N, C) each
-    by_degree = influence(c, without, s[:, [2]], adapter.D[[2]].detach())[:, :, 0]  # (K, N, C)
+    by_degree = influence(c, base, s, D)[:, :, 2]  # (K, N, C)
     torch.testing.assert_close(alone, by_degree.sum(0))
     torch.testing.assert_close(slope, by_degree[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_linearity_error_before_a_polynomial_layer(scale):
+    model, x, c, base, s, D = polynomial_model()
+    change = polynomial(c, base + scale * s @ D) - polynomial(c, base)  # (N, C)
+    line = scale * influence(c, base, s, D)[0].sum(1)  # (N, C)
+    error = linearity_error(model, lambda: model(x), {LAYER: range(8)}, scale)
+    torch.testing.assert_close(error, ((change - line).norm() / change.norm())[None])
+
+
+def test_additivity_error_before_a_polynomial_layer():
+    model, x, c, base, s, D = polynomial_model()
+    atoms = [0, 3, 6]
+    s, D = s[:, atoms], D[atoms]  # (N, 3), (3, C)
+    error = additivity_error(model, lambda: model(x), {LAYER: atoms})
+    torch.testing.assert_close(error, torch.tensor([error_of_eq_11(c, base, s, D)], dtype=torch.float64))
+    assert error > 0.1
+
+
+def test_disjoint_atoms_add_up_in_a_model_too_until_a_matrix_mixes_channels():
+    model, x, c, base, s, D = polynomial_model()
+    atoms = {LAYER: range(8)}
+    adapters(model)[LAYER].D.data = numbers(8, 32) * torch.block_diag(*[torch.ones(1, 4, dtype=torch.float64)] * 8)
+    assert additivity_error(model, lambda: model(x), atoms) < 1e-14
+    turn = torch.linalg.qr(numbers(32, 32))[0]
+    assert additivity_error(model, lambda: polynomial(c, model(x) @ turn), atoms) > 0.1
 
 
 def test_effects_through_no_grad_count_too():
@@ -205,14 +255,16 @@ def test_effects_through_no_grad_count_too():
 
 @pytest.mark.parametrize("atoms, words", [
     ({"blocks.7.attn1": [0]}, "no atoms at 'blocks.7.attn1'; there are at blocks.0.attn1, blocks.1.attn1"),
-    ({LAYER: [0, 8]}, r"has atoms 0 to 7, not \[0, 8\]"),
-    ({LAYER: [-1]}, r"has atoms 0 to 7, not \[-1\]"),
+    ({LAYER: [0, 8]}, "has no atom 8; it has 0 to 7"),
+    ({LAYER: [-1]}, "has no atom -1; it has 0 to 7"),
 ])  # fmt: skip
 def test_atoms_that_there_are_not(atoms, words):
     model, forward = make()
     for function in (effect, first_order):
         with pytest.raises(UserError, match=words):
             function(model, forward, atoms)
+    with pytest.raises(UserError, match=words), only_atoms(model, atoms):
+        pass
 
 
 def test_models_without_atoms():

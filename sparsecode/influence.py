@@ -22,7 +22,7 @@ def polynomial(c, x):
     return y
 
 
-def influence(c, x, s, D):
+def expansion(c, x, s, D):
     """B_K(d_m) = Σ_{k=1..K} c_k Σ_{j=1..k} C(k, j) x^{k−j} (s_m d_m)^j, by its degree j in d_m    (Eq. 18)
 
     Returns (K, N, M, C); the sum over the K degrees is B_K. That is f(x + s_m d_m) − f(x): what the atom does alone.

@@ -9,8 +9,8 @@ from sparsecode.influence import (
     additivity_error,
     compose,
     effect,
+    expansion,
     first_order,
-    influence,
     linearity_error,
     only_atoms,
     polynomial,
@@ -38,7 +38,7 @@ def orthonormal(seed=0):
 def error_of_eq_11(c, x, s, D):
     """‖f(x + s D) − f(x) − Σ_m B_K(d_m)‖ / ‖f(x + s D) − f(x)‖"""
     change = polynomial(c, x + s @ D) - polynomial(c, x)
-    return ((change - influence(c, x, s, D).sum((0, 2))).norm() / change.norm()).item()
+    return ((change - expansion(c, x, s, D).sum((0, 2))).norm() / change.norm()).item()
 
 
 # ---- polynomial layers ------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_polynomial_has_no_constant():
 @pytest.mark.parametrize("K", [1, 2, 5])
 def test_b_k_is_what_the_atom_does_alone(K):
     c, x, s, D = numbers(K), numbers(N, C, seed=1), numbers(N, M, seed=2), numbers(M, C, seed=3)
-    by_degree = influence(c, x, s, D)
+    by_degree = expansion(c, x, s, D)
     assert by_degree.shape == (K, N, M, C)
     for m in range(M):
         alone = polynomial(c, x + s[:, m, None] * D[m]) - polynomial(c, x)
@@ -63,14 +63,14 @@ def test_b_k_is_what_the_atom_does_alone(K):
 
 def test_degree_j_grows_like_the_jth_power_of_the_atom():
     c, x, s, D = numbers(4), numbers(N, C, seed=1), numbers(N, M, seed=2), numbers(M, C, seed=3)
-    for j, (one, two) in enumerate(zip(influence(c, x, s, D), influence(c, x, s, 2 * D)), start=1):
+    for j, (one, two) in enumerate(zip(expansion(c, x, s, D), expansion(c, x, s, 2 * D)), start=1):
         torch.testing.assert_close(two, 2**j * one)
 
 
 def test_degree_1_is_the_derivative():
     c, x, s, D = numbers(4), numbers(N, C, seed=1), numbers(N, M, seed=2), numbers(M, C, seed=3)
     (slope,) = torch.autograd.grad(polynomial(c, x.requires_grad_()).sum(), x)  # (N, C)
-    torch.testing.assert_close(influence(c, x, s, D)[0], slope[:, None] * s[:, :, None] * D)
+    torch.testing.assert_close(expansion(c, x, s, D)[0], slope[:, None] * s[:, :, None] * D)
 
 
 def test_eq_11_needs_disjoint_atoms_orthogonal_is_not_enough():
@@ -97,8 +97,8 @@ def through_two_layers(c, c_after, x, s, D, s_after, D_after):
     """The change at the end of two layers with atoms before each, and what Eq. 13 says, with product for sum."""
     middle = polynomial(c, x)  # (N, C)
     change = polynomial(c_after, polynomial(c, x + s @ D) + s_after @ D_after) - polynomial(c_after, middle)
-    first = influence(compose(c_after, c), x, s, D).sum((0, 2))  # (N, C)
-    second = influence(c_after, middle, s_after, D_after).sum((0, 2))  # (N, C)
+    first = expansion(compose(c_after, c), x, s, D).sum((0, 2))  # (N, C)
+    second = expansion(c_after, middle, s_after, D_after).sum((0, 2))  # (N, C)
     return change, first + second
 
 
@@ -213,7 +213,7 @@ def test_effect_and_first_order_before_a_polynomial_layer_are_eq_18():
     model, x, c, base, s, D = polynomial_model()
     with only_atoms(model, {LAYER: [2]}):
         alone, slope = (f(model, lambda: model(x), {LAYER: [2]})[0] for f in (effect, first_order))  # (N, C) each
-    by_degree = influence(c, base, s, D)[:, :, 2]  # (K, N, C)
+    by_degree = expansion(c, base, s, D)[:, :, 2]  # (K, N, C)
     torch.testing.assert_close(alone, by_degree.sum(0))
     torch.testing.assert_close(slope, by_degree[0])
 
@@ -222,7 +222,7 @@ def test_effect_and_first_order_before_a_polynomial_layer_are_eq_18():
 def test_linearity_error_before_a_polynomial_layer(scale):
     model, x, c, base, s, D = polynomial_model()
     change = polynomial(c, base + scale * s @ D) - polynomial(c, base)  # (N, C)
-    line = scale * influence(c, base, s, D)[0].sum(1)  # (N, C)
+    line = scale * expansion(c, base, s, D)[0].sum(1)  # (N, C)
     error = linearity_error(model, lambda: model(x), {LAYER: range(8)}, scale)
     torch.testing.assert_close(error, ((change - line).norm() / change.norm())[None])
 

@@ -7,7 +7,9 @@ from .attention import Attention, attention_as_dictionary
 from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
 from .cost import Cost, attention_flops, dora_cost, lora_cost, oft_cost, sparse_cost
+from .dictionary import learn_dictionary
 from .influence import additivity_error, effect, first_order, linearity_error, only_atoms, scale_atoms
+from .lasso import fista, ista, lasso_objective, optimality_gap
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 __all__ = [
@@ -28,13 +30,18 @@ __all__ = [
     "dora_cost",
     "effect",
     "first_order",
+    "fista",
     "importance",
+    "ista",
     "keep_atoms",
+    "lasso_objective",
+    "learn_dictionary",
     "linearity_error",
     "load_adapter",
     "lora_cost",
     "oft_cost",
     "only_atoms",
+    "optimality_gap",
     "orthogonality",
     "read_header",
     "record_maps",

@@ -54,10 +54,13 @@ def without(pipe, prompt, noise, atom, **options):
         return pipe.generate([prompt], latents=noise, **options)[0]
 
 
-def overlay(picture, values):
-    """The picture in pale grey, and over it in red where values (h, w) are above zero, in blue where they are below."""
-    scale = values.abs().amax().clamp_min(1e-12)
-    small = Image.fromarray((values / scale).numpy())  # float, -1 to 1
+def overlay(picture, values, scale=None):
+    """The picture in pale grey, and over it in red where values (h, w) are above zero, in blue where they are below.
+
+    The colour is full where |values| reach `scale`, their largest unless given.
+    """
+    scale = max(values.abs().max().item() if scale is None else scale, 1e-12)
+    small = Image.fromarray((values / scale).clamp(-1, 1).numpy())  # (h, w) float
     strength = np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))[..., None]  # (H, W, 1)
     grey = 128 + np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 2  # (H, W, 1), pale
     colour = np.where(strength > 0, (214, 40, 40), (38, 84, 196))  # (H, W, 3)

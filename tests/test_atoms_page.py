@@ -141,6 +141,8 @@ def test_an_overlay_is_red_where_the_atom_is_added_and_blue_where_it_is_subtract
     drawn = np.asarray(atoms.overlay(Image.new("RGB", (64, 64), "white"), values), dtype=int)
     red, blue, none = drawn[2, 2], drawn[61, 61], drawn[2, 61]
     assert red[0] > red[2] + 100 and blue[2] > blue[0] + 50 and none.tolist() == [255, 255, 255]
+    paler = np.asarray(atoms.overlay(Image.new("RGB", (64, 64), "white"), values, scale=4.0), dtype=int)
+    assert drawn[2, 2, 2] < paler[2, 2, 2] < 255
     nothing = atoms.overlay(Image.new("RGB", (64, 64), "black"), torch.zeros(4, 4))
     assert pixels(nothing) == pixels(Image.new("RGB", (64, 64), (128, 128, 128)))
 

@@ -6,18 +6,18 @@ from tqdm import tqdm
 from .common import UserError
 from .lasso import finite_matrix, fista, lasso_objective
 
-SAME = 0.9  # |cos| above which one atom is a copy of another
+COPY = 0.9  # |cos| above which one atom is a copy of another
 
 
 @torch.no_grad()
-def learn_dictionary(signals, n_atoms, lam, *, max_iter=100, tol=1e-5, seed=0, callback=None):
-    """Unit-norm atoms D (M, C) and codes S (N, M), by turns the best S for D and a better D for S:
+def learn_dictionary(signals, n_atoms, lam, *, max_iter=200, tol=1e-5, seed=0, callback=None):
+    """Unit-norm atoms D (M, C) and codes S (N, M) that minimise Eq. 5 together, each for the other by turns
 
         min_{S, D} ‖X − S D‖² + λ‖S‖₁    with ‖d_m‖ = 1
 
-    Starts from signals drawn at random, the strong ones more often. After each round, an atom that no signal uses, or
-    that copies another, is replaced by what is missing from one of the worst fitted signals. Ends when a round lowers
-    the objective by less than `tol` of it, or after `max_iter` rounds. `callback(k, D, S)` is called in each.
+    Atoms start as signals, drawn at random, the strong ones more often. When a round lowers the objective by less than
+    `tol` of it, dead atoms are replaced (see `replace_dead`) and the rounds go on. The end is reached when that has not
+    paid, and what was best is returned, or after `max_iter` rounds. `callback(k, D, S)` is called in each.
     """
     if n_atoms < 1 or max_iter < 1:
         raise UserError(f"n_atoms={n_atoms}, max_iter={max_iter}: give at least one atom and one round")
@@ -29,18 +29,25 @@ def learn_dictionary(signals, n_atoms, lam, *, max_iter=100, tol=1e-5, seed=0, c
     generator = torch.Generator(x.device).manual_seed(seed)
     drawn = torch.multinomial(strength, n_atoms, replacement=True, generator=generator)  # (M,)
     dictionary = torch.nn.functional.normalize(x[drawn])  # (M, C)
-    before = float("inf")
-    for k in (bar := tqdm(range(1, max_iter + 1), "dictionary", disable=None, leave=False)):
-        codes = fista(x, dictionary, lam, tol=1e-3)  # (N, M): rough is enough until the atoms are right
+
+    best, before = float("inf"), float("inf")
+    for k in (bar := tqdm(range(1, max_iter + 1), "dictionary", unit="round", disable=None, leave=False)):
+        codes = fista(x, dictionary, lam, tol=1e-3)  # (N, M): rough is enough while the atoms still move
         update_atoms(x, codes, dictionary)
         after = lasso_objective(x, codes, dictionary, lam).item()
-        bar.set_postfix(objective=f"{after:.4g}")
+        bar.set_postfix(objective=f"{after:.5g}")
         if callback:
             callback(k, dictionary, codes)
-        replaced = replace_atoms(x, codes, dictionary)
-        if not replaced and before - after < tol * before:
-            break
+        if before - after < tol * before:
+            if best - after < tol * best:
+                break
+            best, kept = after, dictionary.clone()
+            replace_dead(x, codes, dictionary)
+            after = float("inf")
         before = after
+    bar.close()
+    if best < after:
+        dictionary = kept
     codes = fista(x, dictionary, lam)  # (N, M)
     return dictionary.to(signals.dtype), codes.to(signals.dtype)
 
@@ -58,12 +65,16 @@ def update_atoms(signals, codes, dictionary):
             dictionary[m] = u / size
 
 
-def replace_atoms(signals, codes, dictionary):
-    """Put residuals of the worst fitted signals in place of atoms that no signal uses or that copy an earlier one."""
-    copies = ((dictionary @ dictionary.T).abs().triu(diagonal=1) > SAME).any(dim=0)  # (M,)
-    dead = (copies | ~codes.any(dim=0)).nonzero()[:, 0]  # (number of dead atoms,)
-    residual = signals - codes @ dictionary  # (N, C)
-    size = residual.norm(dim=1)  # (N,)
-    worst = size.topk(min(len(dead), int((size > 0).sum()))).indices
-    dictionary[dead[: len(worst)]] = residual[worst] / size[worst, None]  # (C,) each
-    return len(worst)
+def replace_dead(signals, codes, dictionary):
+    """Put what the worst fitted signals are missing in place of atoms that no signal uses or that copy an earlier one.
+
+    Where there are none, the atom of least Σ_n s_nm² is taken for dead. What a new atom explains is no longer missing.
+    """
+    energy = codes.square().sum(dim=0)  # (M,)
+    energy[((dictionary @ dictionary.T).abs().triu(diagonal=1) > COPY).any(dim=0)] = 0
+    missing = signals - codes @ dictionary  # (N, C)
+    for m in (energy == energy.min()).nonzero()[:, 0]:
+        size, worst = missing.norm(dim=1).max(dim=0)
+        if size > 0:
+            dictionary[m] = missing[worst] / size  # (C,)
+            missing = missing - (missing @ dictionary[m])[:, None] * dictionary[m]  # (N, C)

@@ -7,6 +7,7 @@ functions of time: rows of (…, T).
 
 import copy
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +74,7 @@ def five_of_all(**changes):
 
 
 def seeded(settings, stream):
-    """A generator for one of STREAMS: the same seed never draws the same numbers twice."""
+    """A generator for one of STREAMS: no two purposes, and no two seeds, share random numbers."""
     return torch.Generator().manual_seed(len(STREAMS) * settings.seed + STREAMS.index(stream))
 
 
@@ -81,18 +82,20 @@ def seeded(settings, stream):
 
 
 def fourier_bases(low, high, length=64):
-    """The real Fourier bases with low … high periods: orthonormal rows (P, T), and their frequencies (P,).
+    """The real Fourier bases with f = low … high periods: orthonormal rows (P, T), by frequency.
 
-    cos(2πft/T) and sin(2πft/T), as two bases: a phase is a mixture of the two. f = 0 and f = T/2 have
-    no sine.
+    cos(2πft/T) and sin(2πft/T) are two bases, and a wave of another phase is a mixture of them. f = 0
+    and f = T/2 have no sine.
     """
     if not 0 <= low <= high <= length / 2:
         raise UserError(f"there is no band {low} to {high} in {length} samples; stay within 0 and {length // 2}")
-    waves = [(f, wave) for f in range(low, high + 1) for wave in (torch.cos, torch.sin)]
-    waves = [(f, wave) for f, wave in waves if wave is torch.cos or f not in (0, length / 2)]
     time = torch.arange(length, dtype=torch.float64) / length  # (T,)
-    bases = torch.stack([wave(2 * math.pi * f * time) for f, wave in waves])  # (P, T)
-    return F.normalize(bases, dim=1).float(), torch.tensor([f for f, _ in waves])  # (P, T), (P,)
+    bases = []
+    for f in range(low, high + 1):
+        bases.append(torch.cos(2 * math.pi * f * time))  # (T,)
+        if f not in (0, length / 2):
+            bases.append(torch.sin(2 * math.pi * f * time))  # (T,)
+    return F.normalize(torch.stack(bases), dim=1).float()  # (P, T)
 
 
 class Signals:
@@ -102,13 +105,12 @@ class Signals:
         self.settings = settings
         generator = seeded(settings, "data")
         self.mask = random_masks(1, settings, generator)  # (1, T), the same for both bands
-        self.bases, self.frequencies = fourier_bases(*band, settings.length)  # (P, T), (P,)
-        pool = settings.pool or len(self.bases)
-        if not settings.bases <= pool <= len(self.bases):
-            raise UserError(f"{settings.bases} bases of a pool of {pool} out of {len(self.bases)}: choose the pool between")
-        if settings.pool is not None:
-            chosen = torch.randperm(len(self.bases), generator=generator)[: settings.pool].sort().values  # (pool,)
-            self.bases, self.frequencies = self.bases[chosen], self.frequencies[chosen]  # (pool, T), (pool,)
+        bases = fourier_bases(*band, settings.length)  # (all, T)
+        pool = len(bases) if settings.pool is None else settings.pool  # P
+        if not settings.bases <= pool <= len(bases):
+            raise UserError(f"{settings.bases} bases of a pool of {pool} out of {len(bases)}: choose the pool between")
+        chosen = torch.randperm(len(bases), generator=generator)[:pool].sort().values  # (P,)
+        self.bases = bases[chosen]  # (P, T)
 
     def draw(self, n, generator):
         """n signals and what the mask leaves of them, (n, T) each"""
@@ -203,6 +205,18 @@ def fine_tune(model, part):
     return train(copy.deepcopy(model), Signals(settings, settings.high), part, "fine_tune")
 
 
+@contextmanager
+def one_thread():
+    """So small a layer trains on one core: the same results on every machine, and no wait for a core that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def train(model, signals, part, stream):
     """Least squares on fresh signals in every step, and λ‖S‖₁ with "soft" (Eq. 5). Returns the model."""
     if part not in PARTS:

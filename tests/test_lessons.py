@@ -24,6 +24,24 @@ def check_02(got):
     assert not_zero[2] > 0.3 and got["sweep"]["top-1"][3, 2] < 0.05
 
 
+def check_03(got):
+    """What 300 steps show with any of the seeds 0 to 3; beside it what 2000 steps make of seed 0."""
+    sparse, dense, tuned = got["sparse"], got["dense"], got["tuned"]
+    assert got["orthogonal"] < 1e-6 and got["difference"] < 1e-4
+    assert sparse["5 of 5"]["nmse"] < 0.12 and sparse["5 of 5"]["needed"] <= 9  # 0.01
+    assert sparse["5 of 10"]["nmse"] < 0.06 and sparse["5 of 10"]["needed"] < 50  # 0.004, 4
+    assert min(run["needed"] for run in dense.values()) > 60
+    assert got["lasso"] < 0.2 < sparse["5 of 49"]["nmse"]  # 0.10, 0.49
+    assert abs(sparse["5 of 5"]["cosine"] - sparse["5 of 5"]["chance"]) < 0.05
+    for name in ("5 of 10", "5 of 49"):  # atoms are on their way to single bases
+        assert sparse[name]["cosine"] > sparse[name]["chance"] + 0.05  # 1.00 by 0.61, 0.99 by 0.36
+        assert abs(dense[name]["cosine"] - dense[name]["chance"]) < 0.05
+    assert tuned["5 of 5"]["atoms"] < 0.3 < 0.75 < tuned["5 of 5"]["coefficients"]  # 0.06, 0.90
+    assert tuned["5 of 10"]["atoms"] < 0.2 < 0.4 < tuned["5 of 10"]["coefficients"]  # 0.01, 0.60
+    assert tuned["dense 5 of 5"]["coefficients"] < tuned["5 of 5"]["coefficients"] - 0.1  # 0.05
+    assert min(run["projected"] for run in tuned.values()) > 0.999
+
+
 def check_05(got):
     assert got["step_difference"] < 1e-4
     assert got["same_picture"]
@@ -45,6 +63,7 @@ def check_06(got):
 
 CHECKS = {
     "02_attention_as_dictionary": (check_02, {"02_dictionary.png", "02_thresholds.png", "02_mixing.png"}),
+    "03_fourier_toy": (check_03, {"03_bases.png", "03_sparse.png", "03_fine_tuning.png", "03_atoms.png"}),
     "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
     "06_finetune": (check_06, {"06_atoms.png", "06_importance.png"}),
 }

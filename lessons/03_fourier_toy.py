@@ -207,7 +207,7 @@ def finish(figure, path, title=None):
 
 
 # Over seeds 0, 1, 2:  NMSE       atoms for 99 %   cosine    atoms only   coefficients only
-# 5 of 5, top-k 9      .011–.025        9         .73–.74    .055–.093       .89–.93
+# 5 of 5, top-k 9      .011–.025        9         .72–.74    .055–.093       .89–.93
 # 5 of 10, soft        .001–.014        4         .98–1.0    .014–.088       .43–.69
 # 5 of 49, top-k 5     .49–.54          5         .99–1.0     .94–.96         1.00
 # 5 of 5, dense        .000–.001      62–74       .71–.77    .014–.088       .05–.26

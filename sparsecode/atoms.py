@@ -112,8 +112,9 @@ def keep_atoms(model, n):
 def orthogonality(model):
     """Mean cos²(D_i, D_j) over pairs of different atoms, the mean over layers: a penalty to train with (Appendix A)
 
-    That is ‖D̂ D̂ᵀ − I‖² / (M (M − 1)) with the atoms at unit norm, which does not pull them to zero. It is 0 for
-    orthogonal atoms; M atoms of C < M numbers stay above (M − C) / (C (M − 1)), Welch's bound.
+    The paper asks for "a simple regularization term" and gives none; this is the usual ‖D̂ D̂ᵀ − I‖² / (M (M − 1)),
+    with the atoms at unit norm, so that it does not pull them to zero. It is 0 for orthogonal atoms; M atoms of C < M
+    numbers stay above (M − C) / (C (M − 1)), Welch's bound.
     """
     values = []
     for adapter in _sparse(model).values():

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .atoms import _sparse
 from .common import UserError
 
-# ---- layers that are polynomials: c (K,) holds c_1 … c_K, signals x (N, C), codes s (N, M), dictionary D (M, C) ----
+# ---- layers that are polynomials --------------------------------------------------------------------------------
+# c (K,) holds c_1 … c_K (a constant drops out of every difference); signals x (N, C), codes s (N, M), atoms D (M, C)
 
 
 def polynomial(c, x):

@@ -61,11 +61,25 @@ def check_06(got):
     assert sum(got["blocks"]) == pytest.approx(1)
 
 
+def check_09(got):
+    assert got["mixed"] == [2, -2]
+    assert max(got["eq_11"]["sharing no channel"]) < 1e-14 and min(got["eq_11"]["sharing all"][1:]) > 0.1
+    assert got["missed"][5] > 1e-5 and got["missed"][8] < 1e-13
+    free, penalised = got["runs"][0.0], got["runs"][1.0]
+    assert penalised[0] < 0.1 * free[0]  # mean cos²
+    assert max(penalised[3:]) > 0.5 * max(free[3:])  # and they add up no better
+    errors = got["first order, an atom taken out of all"]
+    assert errors[-1] < 0.15 < 0.3 < max(errors[:3])  # 0.08 and 0.78 in full
+    for who in ("an atom", "a block"):
+        assert got[f"low in noise, {who}"][-1] == min(got[f"low in noise, {who}"]) < 0.35
+
+
 CHECKS = {
     "02_attention_as_dictionary": (check_02, {"02_dictionary.png", "02_thresholds.png", "02_mixing.png"}),
     "03_fourier_toy": (check_03, {"03_bases.png", "03_sparse.png", "03_fine_tuning.png", "03_atoms.png"}),
     "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
     "06_finetune": (check_06, {"06_atoms.png", "06_importance.png"}),
+    "09_influence": (check_09, {"09_expansion.png", "09_first_order.png", "09_depth.png"}),
 }
 
 

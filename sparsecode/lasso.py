@@ -22,6 +22,7 @@ signal that has come down to its floor is done as well, however small `tol` is.
 import itertools
 import math
 import warnings
+from functools import cached_property
 
 import torch
 
@@ -71,7 +72,7 @@ def optimality_gap(signals, codes, dictionary, lam):
     if not codes.numel():
         return 0.0
     problem = _Lasso(dictionary, lam)
-    gaps, _ = problem.gaps(codes.to(signals.dtype), *problem.prepare(signals))
+    gaps, _ = problem.gaps(codes.to(signals.dtype), *problem.prepare(signals, signals @ dictionary.T))
     return gaps.max().item()
 
 
@@ -79,19 +80,23 @@ class _Lasso:
     """Eq. 5 for one dictionary, with what every step needs computed once."""
 
     def __init__(self, dictionary, lam):
-        atoms, width = dictionary.shape  # M, C
+        (atoms, width), self.tiny = dictionary.shape, torch.finfo(dictionary.dtype).tiny  # M, C
         self.dictionary, self.lam = dictionary, lam
         self.gram = dictionary @ dictionary.T if atoms < 2 * width else None  # (M, M), where it saves work
-        small = dictionary @ dictionary.T if atoms < width else dictionary.T @ dictionary  # the same norm, less work
-        tiny = torch.finfo(dictionary.dtype).tiny
-        self.lipschitz = max(2 * torch.linalg.eigvalsh(small)[-1].item(), tiny)
+        small = self.gram if atoms < width else dictionary.T @ dictionary  # both have the same norm
+        self.lipschitz = max(2 * torch.linalg.eigvalsh(small)[-1].item(), self.tiny)
         self.norms = dictionary.norm(dim=1)  # (M,)
 
-    def prepare(self, signals):
+    @cached_property
+    def coupling(self):
+        """D Dᵀ of the atoms at unit norm, without its diagonal (M, M)."""
+        atoms = self.dictionary / self.norms.clamp(min=self.tiny)[:, None]  # (M, C)
+        return (atoms @ atoms.T).fill_diagonal_(0)
+
+    def prepare(self, signals, products):
         """What steps and gaps need of the signals: X or X Dᵀ, max|2 X Dᵀ|, ‖X‖."""
-        products = signals @ self.dictionary.T  # (n, C) x (C, M) -> (n, M)
-        largest = 2 * products.abs().amax(dim=1)  # (n,)
-        return signals if self.gram is None else products, largest, signals.norm(dim=1)
+        data = signals if self.gram is None else products  # (n, C) or (n, M)
+        return data, 2 * products.abs().amax(dim=1), signals.norm(dim=1)
 
     def step(self, codes, data):
         """σ_{λ/L}(S − ∇/L)"""
@@ -136,10 +141,10 @@ def _descend(problem, signals, codes, max_iter, tol, callback, momentum, restart
 
     Signals that are done drop out of the arrays; `rows` says which are left.
     """
-    start = 0
+    start, products = 0, signals @ problem.dictionary.T  # (n, M)
     if greedy and len(problem.norms) <= WIDEST:
-        start = _greedy(problem, signals, codes, min(greedy, max_iter), tol, callback)
-    rows, known = torch.arange(len(signals), device=signals.device), problem.prepare(signals)
+        start = _greedy(problem, products, codes, min(greedy, max_iter), tol, callback)
+    rows, known = torch.arange(len(signals), device=signals.device), problem.prepare(signals, products)
     s, t = codes.clone(), codes.new_ones(len(signals), 1)  # (n, M), (n, 1)
     y = s  # (n, M)
     for k in itertools.count(start):
@@ -166,24 +171,21 @@ def _descend(problem, signals, codes, max_iter, tol, callback, momentum, restart
             callback(k + 1, codes)
 
 
-def _greedy(problem, signals, codes, steps, tol, callback):
+def _greedy(problem, products, codes, steps, tol, callback):
     """Fill `codes` by coordinate descent in which each signal moves the coefficient that gains most; return the steps.
 
     For unit atoms s_m = σ_{λ/2}(z_m) is best while the others rest, z = (X − S D) Dᵀ + S. Moving s_m by δ takes
     δ (D Dᵀ)_m, without its diagonal, off z. It is matching pursuit with a threshold, for all signals at once.
     """
-    norms = problem.norms.clamp(min=torch.finfo(codes.dtype).tiny)  # (M,): codes of unit atoms are S · norms
-    atoms = problem.dictionary / norms[:, None]  # (M, C)
-    coupling = (atoms @ atoms.T).fill_diagonal_(0)  # (M, M)
-    threshold = problem.lam / (2 * norms)  # (M,)
-    z = signals @ atoms.T  # (n, C) x (C, M) -> (n, M)
+    norms = problem.norms.clamp(min=problem.tiny)  # (M,): for atoms of unit norm codes are S · norms
+    z, threshold = products / norms, problem.lam / (2 * norms)  # (n, M), (M,)
     rows, s, enough = torch.arange(len(z), device=z.device), torch.zeros_like(z), tol * z.abs().amax(dim=1)
     for k in range(1, steps + 1):
         moves = soft_threshold(z, threshold) - s  # (n, M)
         size, best = moves.abs().max(dim=1, keepdim=True)  # (n, 1), (n, 1)
         move = moves.gather(1, best)  # (n, 1)
         s.scatter_add_(1, best, move)
-        z.addcmul_(coupling.index_select(0, best[:, 0]), -move)  # (n, M)
+        z.addcmul_(problem.coupling.index_select(0, best[:, 0]), -move)  # (n, M)
         if k % CHECK == 0 or k == steps or callback:
             codes[rows] = s / norms
         if callback:

@@ -3,9 +3,10 @@
 Claim    The model stays frozen; beside each self-attention a few of M learned atoms are added for each token, and a
          concept that the model has never seen is drawn. The paper finds that 40 atoms suffice, and that 4 give the
          rough shape. On this tiny model they do not: 40 change the picture, it takes a few hundred for the robot.
-         And A, which is dense, mixes the sparse picks of all tokens: S has more than 2 % that is not zero.
+         And A, which is dense, mixes the sparse picks of all tokens: S has more than 2 % that is not zero. Still
+         every atom has its part of the picture, some the robot and some what is around it.
 Paper    O + ΔO = O + σ_λ(A X W_s) D, Eq. 9 and §3.4; (C_i + C_o)·M parameters, §3.5; Fig. 3 and §4.1
-Modules  sparsecode/adapter.py, sparsecode/atoms.py, dit/finetune.py
+Modules  sparsecode/adapter.py, sparsecode/atoms.py, dit/finetune.py, dit/atoms.py
 Costs    70 seconds on two CPU cores; 25 with --quick.
 
     python lessons/06_finetune.py
@@ -17,11 +18,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from dit.atoms import overlay, watch
 from dit.data import encode, find_captions, load_images
 from dit.finetune import measure_usage, training_loss, visiting_order
-from dit.pictures import to_pil, to_tensor
+from dit.pictures import grid, save_picture, to_pil, to_tensor
 from dit.pipeline import Pipeline
-from sparsecode import adapters, attach, importance, keep_atoms, top_k, trainable
+from sparsecode import adapters, attach, importance, keep_atoms, top_atoms, top_k, trainable
 from sparsecode.attention import merge_heads, split_heads
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
@@ -89,9 +91,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     share = s.abs().sort(dim=-1, descending=True).values.cumsum(-1) / s.abs().sum(-1, keepdim=True)  # (1, N, M)
     carrying = ((share < 0.9).sum(-1) + 1).float().mean().item()
     print(f"Eq. 9 written out and the library differ by {difference:.0e} (expect below 1e-4)")
-    print(
-        f"coefficients of a token that are not zero: {chosen:.1%} of σ(X W_s), {mixed:.0%} after A mixed them;", end=" "
-    )
+    print(f"coefficients of a token that are not zero: {chosen:.1%} of σ(X W_s), {mixed:.0%} after A", end="; ")
     print(f"{carrying:.0f} of {ATOMS} carry 90 % of Σ|S| (expect 2 %, 29 %, 24)")
 
     # %% 5. Fig. 3: the same seeds with only the most important atoms of the whole model
@@ -118,9 +118,19 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     print(f"{most} of {len(ranked)} atoms carry 90 % of the importance, the first 40 {share[39]:.0%}", end="; ")
     print(f"by block {' '.join(f'{b:.0%}' for b in blocks)} (expect about 260, 33 %; block 0 least)")
 
+    # %% 7. Where they act: S of the most important atoms over the patches of the picture, mean of the sampler's steps
+    best = [(layer, m) for layer, m, _ in top_atoms(model, 8)]
+    picture, maps = watch(pipe, captions[0], pipe.noise(SEEDS[:1]), best)  # maps (8, steps, h, w)
+    strength = maps.mean(1).flatten(1).abs().sort(descending=True).values  # (8, N)
+    nearest = (strength[:, : strength.shape[1] // 4].sum(1) / strength.sum(1)).mean().item()
+    print(f"a quarter of the patches has {nearest:.0%} of what an atom does (25 % if it were everywhere; expect 46 %)")
+    row = [*(overlay(picture, s.mean(0)) for s in maps), picture]
+    label = "where the 8 most important atoms are added (red) and subtracted (blue), and the picture they are part of"
+    save_picture(grid([(label, row)], side=112), figures / "06_where.png")
+
     draw_atoms(pictures, psnr, images, figures / "06_atoms.png")
     draw_importance(share, most, blocks, psnr, figures / "06_importance.png")
-    sparsity = {"chosen": chosen, "mixed": mixed, "atoms_for_90_percent": most, "blocks": blocks}
+    sparsity = {"chosen": chosen, "mixed": mixed, "atoms_for_90_percent": most, "blocks": blocks, "nearest": nearest}
     checks = {"silent": silent, "difference": difference, "same_as_base": same, "parameters": size}
     return {**checks, **sparsity, "loss_first": first, "loss_last": last, "psnr": psnr, "ceiling": ceiling}
 
@@ -159,9 +169,8 @@ def draw_importance(share, most, blocks, psnr, path):
     left.set(xscale="log", ylim=(0, 105), xlabel="atoms kept, the most important first")
     left.set_title("importance, % of the total", color="tab:blue", fontsize=10, loc="left")
     twin = left.twinx()
-    twin.plot(
-        [len(share) if n == "all" else n for n in psnr if n], [psnr[n] for n in psnr if n], "o-", color="tab:orange"
-    )
+    kept = {len(share) if n == "all" else n: db for n, db in psnr.items() if n}
+    twin.plot(kept.keys(), kept.values(), "o-", color="tab:orange")
     twin.axhline(psnr[0], color="tab:orange", linestyle="--", linewidth=1)
     twin.annotate("base model", (1, psnr[0]), (2, 4), textcoords="offset points", color="tab:orange", fontsize=9)
     twin.set_title("PSNR of the pictures, dB", color="tab:orange", fontsize=10, loc="right")

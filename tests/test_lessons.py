@@ -59,6 +59,7 @@ def check_06(got):
     assert got["loss_last"] < 0.5 * got["loss_first"]
     assert got["psnr"]["all"] > 16 > 14 > got["psnr"][0]  # 20.6 and 12.5 dB in full
     assert sum(got["blocks"]) == pytest.approx(1)
+    assert got["nearest"] > 0.3  # 0.25 if every atom acted everywhere
 
 
 def check_09(got):
@@ -78,7 +79,7 @@ CHECKS = {
     "02_attention_as_dictionary": (check_02, {"02_dictionary.png", "02_thresholds.png", "02_mixing.png"}),
     "03_fourier_toy": (check_03, {"03_bases.png", "03_sparse.png", "03_fine_tuning.png", "03_atoms.png"}),
     "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
-    "06_finetune": (check_06, {"06_atoms.png", "06_importance.png"}),
+    "06_finetune": (check_06, {"06_atoms.png", "06_importance.png", "06_where.png"}),
     "09_influence": (check_09, {"09_expansion.png", "09_first_order.png", "09_depth.png"}),
 }
 

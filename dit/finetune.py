@@ -31,6 +31,7 @@ from sparsecode.common import UserError, replacing
 # The paper's setting on the released weights (Appendix B); a model's own come from its defaults.json.
 DEFAULTS = {"epochs": 15, "repeats": 10, "batch_size": 1, "lr": 1e-4, "atoms": 256, "density": 0.02}
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
+HOLD = 125  # steps at the full learning rate; then it falls as 1/step, since the rest of the model suffers from its sum
 OUTPUTS = ("adapter.safetensors", "training.csv", "loss.png", "before_after.png", "checkpoint.pt")
 SEEDS = (0, 1, 2, 3, 4)  # of the pictures before and after
 SHOWN_CAPTIONS = 3  # of the training pictures' captions, in before_after.png
@@ -84,6 +85,8 @@ def train(model, data, args, state, file):
     bar = tqdm(range(len(losses), steps), "training", steps, initial=len(losses), disable=parallel.bar_off())
     for step in bar:
         visits = range(step * per_step, (step + 1) * per_step)[parallel.rank() :: parallel.world_size()]
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, HOLD / (step + 1))
         optimizer.zero_grad()
         total = torch.zeros(1, device=data.text.device)
         for start in range(0, len(visits), args.batch_size):

@@ -136,6 +136,20 @@ def test_other_ways_to_train(options, tmp_path, quick, more):
     assert not same
 
 
+def test_the_learning_rate_is_held_and_then_falls(options, tmp_path, quick, monkeypatch):
+    rates = []
+
+    class Recorder(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setitem(finetune.OPTIMIZERS, "adamw", Recorder)
+    monkeypatch.setattr(finetune, "HOLD", 26)
+    train(options, tmp_path / "run", "--lr", 0.03, "--epochs", 5, "--repeats", 2)  # 30 steps
+    assert rates == pytest.approx([0.03] * 26 + [0.03 * 26 / step for step in (27, 28, 29, 30)])
+
+
 def test_the_orthogonality_penalty(options, tmp_path, quick):
     """Atoms that are less alike; the loss that is logged is without the penalty; a weight of 0 is none, to the bit."""
     runs = {w: train([*options, "--epochs", 5], tmp_path / w, "--orthogonality", w) for w in ("0", "1")}

@@ -12,7 +12,7 @@ from .common import UserError
 
 def set_density(model, rho):
     """Let top-k keep max(1, round(ρ M)) coefficients of each token from now on (Fig. 6)."""
-    for adapter in _sparse(model).values():
+    for adapter in sparse_adapters(model).values():
         if adapter.threshold != "top_k":
             raise UserError(f"only top_k has a density to set; the threshold here is {adapter.threshold!r}")
         adapter.set_density(rho)
@@ -32,7 +32,7 @@ def record_usage(model):
         total, tokens = tally.get(adapter, (0, 0))
         tally[adapter] = total + size.sum(0), tokens + len(size)  # (M,), number of tokens
 
-    hooks = [adapter.register_forward_hook(add) for adapter in _sparse(model).values()]
+    hooks = [adapter.register_forward_hook(add) for adapter in sparse_adapters(model).values()]
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def importance(model):
 
     Taking the norm in keeps atoms comparable whose norms have drifted apart in training.
     """
-    layers = _sparse(model)
+    layers = sparse_adapters(model)
     measured = any(adapter.usage.any() for adapter in layers.values())
     if not measured and any(adapter.D.any() for adapter in layers.values()):
         raise UserError("the use of these atoms was never measured; run the model inside record_usage(model)")
@@ -72,7 +72,7 @@ def record_maps(model, atoms):
 
     `atoms` says which: {layer: [m, …]}. Yields {layer: list}, one (B, N, len(atoms[layer])) for each call.
     """
-    layers, maps = _sparse(model), {name: [] for name in atoms}
+    layers, maps = sparse_adapters(model), {name: [] for name in atoms}
 
     def collector(name):
         def collect(adapter, inputs, output):
@@ -93,7 +93,7 @@ def keep_atoms(model, n):
 
     None or "all" keeps every atom, 0 gives the base model, both to the bit.
     """
-    layers = _sparse(model)
+    layers = sparse_adapters(model)
     total = sum(adapter.atoms for adapter in layers.values())
     n = total if n in (None, "all") else n
     if not isinstance(n, int) or not 0 <= n <= total:
@@ -117,14 +117,15 @@ def orthogonality(model):
     numbers stay above (M − C) / (C (M − 1)), Welch's bound.
     """
     values = []
-    for adapter in _sparse(model).values():
+    for adapter in sparse_adapters(model).values():
         unit = F.normalize(adapter.D, dim=1)  # (M, C)
         cosines = (unit @ unit.T).fill_diagonal_(0)  # (M, C) x (C, M) -> (M, M)
         values.append(cosines.square().sum() / max(1, adapter.atoms * (adapter.atoms - 1)))
     return torch.stack(values).mean()
 
 
-def _sparse(model):
+def sparse_adapters(model):
+    """The attached adapters by name; UserError if there is none, or one that has no atoms."""
     layers = adapters(model)
     if not layers:
         raise UserError("no adapter is attached to this model; attach or load one first")

@@ -8,7 +8,7 @@ import torch
 from numpy.polynomial import Polynomial
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .atoms import _sparse
+from .atoms import sparse_adapters
 from .common import UserError
 
 # ---- layers that are polynomials --------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def only_atoms(model, atoms):
 
 def _masks(model, atoms):
     """{name: which of its atoms are meant, (M,)} for every layer"""
-    layers = _sparse(model)
+    layers = sparse_adapters(model)
     masks = {name: torch.zeros_like(adapter.keep) for name, adapter in layers.items()}
     for name, indices in atoms.items():
         if name not in layers:
@@ -82,7 +82,7 @@ def _scaled(model, masks, factor):
 
         return hook
 
-    layers = _sparse(model)
+    layers = sparse_adapters(model)
     hooks = [layers[name].register_forward_pre_hook(scaler(mask)) for name, mask in masks.items() if mask.any()]
     try:
         yield

@@ -42,6 +42,16 @@ def check_03(got):
     assert min(run["projected"] for run in tuned.values()) > 0.999
 
 
+def check_04(got):
+    flipped, dense = got["flipped"], got["dense"]
+    assert got["right"] > 0.97 and got["eights"] == 147
+    assert flipped[0] == dense[0] == 0
+    assert flipped[200] >= 0.6 and flipped[12] >= 0.55  # 0.88, 0.80
+    assert got["half"] <= 12 and got["half_dense"] >= 40  # 6, 80
+    assert got["chance"][12] <= 0.3 and got["without"] < flipped[12]  # 0.11, 0.12
+    assert sum(got["in_layers"]) == 12
+
+
 def check_05(got):
     assert got["step_difference"] < 1e-4
     assert got["same_picture"]
@@ -78,6 +88,7 @@ def check_09(got):
 CHECKS = {
     "02_attention_as_dictionary": (check_02, {"02_dictionary.png", "02_thresholds.png", "02_mixing.png"}),
     "03_fourier_toy": (check_03, {"03_bases.png", "03_sparse.png", "03_fine_tuning.png", "03_atoms.png"}),
+    "04_mnist_vae": (check_04, {"04_flips.png", "04_atoms.png", "04_shares.png"}),
     "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
     "06_finetune": (check_06, {"06_atoms.png", "06_importance.png", "06_where.png"}),
     "09_influence": (check_09, {"09_expansion.png", "09_first_order.png", "09_depth.png"}),

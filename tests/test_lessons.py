@@ -10,6 +10,17 @@ matplotlib.use("agg")
 LESSONS = Path(__file__).parent.parent / "lessons"
 
 
+def check_01(got):
+    assert got["naive"] == pytest.approx(got["fast"], rel=1e-8)
+    assert got["gap"] < 5e-6
+    assert got["within"] and got["falls"]
+    assert got["hard"]["FISTA"][-1] < 0.2 * got["hard"]["ISTA"][-1]  # 5e-3 and 5e-2 after 300 steps
+    ista, fista, restart, greedy = (curve[39] for curve in got["easy"].values())  # 6e-2, 1e-4, 3e-7, 4e-8
+    assert greedy < 0.3 * restart < 0.01 * fista < 0.0001 * ista
+    assert got["needed"]["learned"] < 0.6 * got["needed"]["random"]  # 6.8 and 14.0
+    assert got["missed"]["learned"] < 0.3 * got["missed"]["random"]  # 9 % and 47 %
+
+
 def check_02(got):
     assert got["difference"] < 1e-6 and got["nonzero"] == 1 and got["same"]
     assert got["change"] > 0.5  # atoms of attention depend on the data
@@ -86,11 +97,13 @@ def check_09(got):
 
 
 CHECKS = {
+    "01_ista_fista": (check_01, {"01_convergence.png", "01_lambda.png", "01_atoms.png"}),
     "02_attention_as_dictionary": (check_02, {"02_dictionary.png", "02_thresholds.png", "02_mixing.png"}),
     "03_fourier_toy": (check_03, {"03_bases.png", "03_sparse.png", "03_fine_tuning.png", "03_atoms.png"}),
     "04_mnist_vae": (check_04, {"04_flips.png", "04_atoms.png", "04_shares.png"}),
     "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
     "06_finetune": (check_06, {"06_atoms.png", "06_importance.png", "06_where.png"}),
+    "07_editing": (check_07, {"07_editing.png", "07_rank_one.png", "07_where.png", "07_measured.png"}),
     "09_influence": (check_09, {"09_expansion.png", "09_first_order.png", "09_depth.png"}),
 }
 

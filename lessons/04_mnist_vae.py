@@ -1,8 +1,8 @@
 """A handful of atoms turns an 8 into a 3.
 
-Claim    A VAE that has seen only the digits 5 to 9 draws a noisy 3 as one of those, a fifth of the time as an 8. Freeze
-         it, learn 100 atoms beside each attention of its decoder, and from the same latent it draws a 3. Of the 200
-         atoms the 12 most important suffice where σ keeps one a token; without σ they do next to nothing.
+Claim    A VAE that has seen only the digits 5 to 9 gives a fifth of noisy 3s back as an 8. Freeze it, learn 100 atoms
+         beside each attention of its decoder, and most of these latents become a 3. Of the 200 atoms the 12 most
+         important nearly suffice where σ keeps one for each token; learned without σ, the best 12 do next to nothing.
 Paper    O + ΔO = O + σ_λ(A X W_s) D, Eq. 8 and 9; §3.3, Fig. 1 and Appendix B
 Modules  sparsecode/mnist_vae.py, sparsecode/attach.py, sparsecode/atoms.py
 Costs    90 seconds on two CPU cores; 15 with --quick; 2 minutes more with --retrain.
@@ -39,7 +39,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS, data=None, retrain=None,
     vae, classifier = mnist_vae.load_models(retrain or weights)
     with torch.no_grad():
         right = (classifier(held_out.images).argmax(1) == held_out.labels).float().mean().item()
-    print(f"the classifier reads {right:.1%} of 2,000 held-out digits right (expect 98 %)")
+    print(f"the classifier reads {right:.1%} of 2,000 held-out digits right (expect 97.9 %)")
 
     # %% 2. What the VAE makes of a digit that it has never seen: four noisy versions of each held-out 3
     generator = torch.Generator().manual_seed(seed)
@@ -49,13 +49,13 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS, data=None, retrain=None,
     z = encode(vae, noisy)  # (B8, 32): "the same noisy latent" from here on
     shares = {digit: (shown == digit).float().mean().item() for digit in shown.unique().tolist()}
     print("noisy 3s come out as", ", ".join(f"{digit}: {share:.0%}" for digit, share in shares.items()), end="; ")
-    print(f"{len(z)} of {len(shown)} as an 8 (expect 147)")
+    print(f"{len(z)} of {len(shown)} as an 8 (expect 3: 42 %, 5: 28 %, 147)")
     others = {"of real 8s": encode(vae, add_noise(held_out.only(8), generator))}  # (·, 32)
     others["from the prior"] = torch.randn(1000, z.shape[1], generator=generator)  # (1000, 32)
     others = {name: some[read(vae, classifier, some) == 8] for name, some in others.items()}
 
     # %% 3. Learn the atoms on noisy 3s. All else stays frozen, the encoder too
-    steps = 200 if quick else 800
+    steps = 100 if quick else 800
     losses = mnist_vae.train_adapter(vae, train.only(3), density=0.01, steps=steps, seed=seed)  # top-k, k = 1 of 100
     size = sum(p.numel() for p in trainable(vae))
     print(f"trained {size:,} parameters: W_s and D of {' and '.join(adapters(vae))} (expect 51,200)")
@@ -79,13 +79,13 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS, data=None, retrain=None,
     best, chance = ranked[:12], {0: 0.0}
     for n in (12, 40, 100, 140):
         draws = []
-        for _ in range(10):
+        for _ in range(5):
             keep_only(vae, torch.randperm(200, generator=generator)[:n])
             draws.append(share_read_as(3, vae, classifier, z))
         chance[n] = sum(draws) / len(draws)
     keep_only(vae, ranked[12:])
     without = share_read_as(3, vae, classifier, z)
-    print(f"12 random atoms flip {chance[12]:.0%}, all but the best 12 {without:.0%} (expect 11 %, 12 %)")
+    print(f"12 random atoms flip {chance[12]:.0%}, all but the best 12 {without:.0%} (expect 12 %, 12 %)")
 
     # %% 6. What each of the 12 does: the picture with it minus the picture without it, the other 11 staying
     pictures = {"noisy": noisy}
@@ -96,10 +96,10 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS, data=None, retrain=None,
     single = torch.stack([contribution(vae, z, atom) for atom in best])  # (12, B8, H, W)
     layer, flips = best // 100, read(vae, classifier, z) == 3  # (12,), (B8,)
     per_layer = [contribution(vae, z, best[layer == i]) for i in (0, 1)]  # (B8, H, W) each
-    change = contribution(vae, z, best)  # (B8, H, W)
+    change = pictures[12] - pictures[0]  # (B8, H, W)
     alike = torch.cosine_similarity(single.sum(0).flatten(1), change.flatten(1)).mean().item()
     in_layers = [(layer == i).sum().item() for i in (0, 1)]
-    print(f"of the 12, {in_layers[0]} are in the first layer and {in_layers[1]} in the second (the paper's: 8 and 4)")
+    print(f"of the 12, {in_layers[0]} are in the first layer, {in_layers[1]} in the second (expect 8, 4, as in Fig. 1)")
     print(f"their single changes added up resemble the whole change: cosine {alike:.2f} (expect 0.95)")
 
     # %% 7. The control: the same adapter, trained the same way, without σ
@@ -113,7 +113,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS, data=None, retrain=None,
     print(f"{half_dense} atoms flip half (expect 98 %, 10 %, 80)")
 
     draw_flips(pictures, figures / "04_flips.png")
-    draw_atoms(pictures[0], pictures[12], single, per_layer, layer, flips, figures / "04_atoms.png")
+    draw_atoms(pictures[0], pictures[12], change, single, per_layer, layer, flips, figures / "04_atoms.png")
     draw_shares(flipped, dense, chance, without, figures / "04_shares.png")
     shares = {"flipped": flipped, "dense": dense, "chance": chance, "without": without, "others": others}
     return {**shares, "half": half, "half_dense": half_dense, "right": right, "eights": len(z), "in_layers": in_layers}
@@ -130,14 +130,13 @@ def draw_flips(pictures, path):
         for ax, row in zip(column, rows):
             ax.imshow(drawn[row], cmap="gray", vmin=0, vmax=1)
     plt.setp(axes, xticks=[], yticks=[])
-    figure.suptitle("The same noisy latent, decoded with the most important atoms", fontsize=11)
+    figure.suptitle("The same latent of a noisy 3, decoded with the most important atoms", fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_atoms(without, with_them, single, per_layer, layer, flips, path):
+def draw_atoms(without, with_them, change, single, per_layer, layer, flips, path):
     """One latent and what each atom does to it; top right, the mean of all latents that flip."""
-    change = with_them - without  # (B8, H, W)
     example = int((change.abs().sum((1, 2)) * flips).argmax())  # of those that flip, the most changed
     columns = max(layer.bincount().max().item() + 1, 7)
     figure, axes = plt.subplots(3, columns, figsize=(1.15 * columns + 0.6, 4.2), layout="constrained")
@@ -169,15 +168,14 @@ def draw_atoms(without, with_them, single, per_layer, layer, flips, path):
 
 def draw_shares(flipped, dense, chance, without, path):
     figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    ax.plot(*zip(*((n, 100 * share) for n, share in flipped.items())), "o-", color="tab:blue", label="σ = top-1")
-    ax.plot(*zip(*((n, 100 * share) for n, share in dense.items())), "o-", color="tab:orange", label="no σ (control)")
-    ax.plot(*zip(*((n, 100 * share) for n, share in chance.items())), "o:", color="gray", label="top-1, random atoms")
+    ax.plot(flipped.keys(), [100 * share for share in flipped.values()], "o-", label="σ = top-1")
+    ax.plot(dense.keys(), [100 * share for share in dense.values()], "o-", label="no σ (control)")
+    ax.plot(chance.keys(), [100 * share for share in chance.values()], "o:", color="gray", label="top-1, random atoms")
     ax.plot(188, 100 * without, "x", color="tab:blue", label="top-1, all but the best 12")
     ax.axvline(12, color="black", linewidth=0.5)
     ax.axhline(50, color="black", linewidth=0.5)
     ax.set_xscale("symlog", linthresh=4)
-    ticks = [0, 1, 2, 4, 8, 12, 20, 40, 80, 200]
-    ax.set_xticks(ticks, ticks)
+    ax.set_xticks(ticks := [0, 1, 2, 4, 8, 12, 20, 40, 80, 200], ticks)
     ax.minorticks_off()
     ax.set(xlabel="atoms kept, of 200", ylabel="8s that have become a 3, %", xlim=(-0.2, 215), ylim=(-3, 103))
     ax.legend(fontsize=9)
@@ -187,7 +185,10 @@ def draw_shares(flipped, dense, chance, without, path):
 
 
 # Try
-# - order="before" in step 3 (what the paper runs, §3.4): A mixes the picks of all tokens, and 12 atoms no longer do.
+# - order="before" in step 3, as the paper runs it (§3.4): A mixes the picks of all tokens, all atoms flip 94 % and the
+#   best 12 only 44 %; half of the 8s take 20 atoms.
+# - density=0.04 in step 3, top-4: all atoms flip 95 %, the best 12 56 %, and all but the best 12 88 %: spread wider.
+# - --retrain --seed 1, another VAE: it draws only 87 as an 8; all atoms flip 72 %, the best 12 64 %, half take 10.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -55,11 +55,11 @@ def check_03(got):
 
 def check_04(got):
     flipped, dense = got["flipped"], got["dense"]
-    assert got["right"] > 0.97 and got["eights"] == 147
+    assert got["right"] > 0.97 and abs(got["eights"] - 147) < 8
     assert flipped[0] == dense[0] == 0
     assert flipped[200] >= 0.6 and flipped[12] >= 0.55  # 0.88, 0.80
     assert got["half"] <= 12 and got["half_dense"] >= 40  # 6, 80
-    assert got["chance"][12] <= 0.3 and got["without"] < flipped[12]  # 0.11, 0.12
+    assert got["chance"][12] <= 0.3 and got["without"] < flipped[12]  # 0.12, 0.12
     assert sum(got["in_layers"]) == 12
 
 
@@ -81,6 +81,24 @@ def check_06(got):
     assert got["psnr"]["all"] > 16 > 14 > got["psnr"][0]  # 20.6 and 12.5 dB in full
     assert sum(got["blocks"]) == pytest.approx(1)
     assert got["nearest"] > 0.3  # 0.25 if every atom acted everywhere
+
+
+def check_07(got):
+    assert got["library"] == pytest.approx(got["by_hand"], abs=1e-4)
+    live = {label: kept for label, ((_, kept), _) in got["scores"].items()}  # with the trained prompt
+    assert min(live["sparse"], live["one atom of 256"]) > live["sparse, 40 atoms"] > live["base model"]
+    assert got["ratio"]["a red star in the middle on a blue background"] < 0.9  # 0.67
+    table = {key: sum(values) / len(values) for key, values in got["table"].items()}
+
+    def kept(label, edit="background"):
+        return table[label, edit, "kept"]
+
+    assert kept("base model") < 0.1 < 0.85 < kept("drawn by hand")
+    assert kept("sparse, trained at density 0.004") < kept("sparse") < kept("sparse, trained at density 0.1")
+    assert abs(kept("sparse") - kept("LoRA, r 16")) < 0.05
+    assert kept("one atom") > kept("LoRA, r 1") + 0.1 and kept("one atom, M 4") < kept("LoRA, r 1")
+    assert max(kept(label, "place") for label in ("LoRA, r 16", "sparse", "one atom")) < 0.2
+    assert table["sparse", "other", "follows"] > table["LoRA, r 16", "other", "follows"]
 
 
 def check_09(got):

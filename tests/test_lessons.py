@@ -86,7 +86,7 @@ def check_06(got):
 def check_07(got):
     assert got["library"] == pytest.approx(got["by_hand"], abs=1e-4)
     live = {label: kept for label, ((_, kept), _) in got["scores"].items()}  # with the trained prompt
-    assert min(live["sparse"], live["one atom of 256"]) > live["sparse, 40 atoms"] > live["base model"]
+    assert min(live["sparse"], live["one atom of 256"]) > max(live["sparse, 40 atoms"], live["base model"])
     assert got["ratio"]["a red star in the middle on a blue background"] < 0.9  # 0.67
     table = {key: sum(values) / len(values) for key, values in got["table"].items()}
 

@@ -169,7 +169,8 @@ def draw_measured(table, path):
             values = [table[label, edit, column] for label in labels]
             means, spreads = zip(*[(np.mean(v), np.std(v, ddof=1)) for v in values])
             name = "the trained prompt" if edit == "same" else f"another {edit}"
-            ax.errorbar(means, np.arange(len(labels)) + offset, xerr=spreads, fmt=marker, color=colour, label=name, **look)
+            y = np.arange(len(labels)) + offset
+            ax.errorbar(means, y, xerr=spreads, fmt=marker, color=colour, label=name, **look)
         ax.set_title(title, fontsize=10)
         ax.grid(axis="x", linewidth=0.3)
     axes[0].set_xlim(0.3, 1.12)

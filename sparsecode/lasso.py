@@ -32,7 +32,7 @@ from .thresholds import soft_threshold
 CHECK = 10  # steps between two looks at the gap
 GREEDY = 30  # steps of FISTA's greedy start
 WIDEST = 8192  # atoms: the greedy start keeps an (M, M) matrix in memory, so a wider dictionary goes without it
-BLOCK = 2**17  # coefficients solved for at a time: their working memory stays in the cache of a CPU core
+BLOCK = 2**17  # coefficients solved for at a time: they stay in the cache of a CPU core (a GPU takes more)
 
 
 def lasso_objective(signals, codes, dictionary, lam):
@@ -66,13 +66,14 @@ def fista(signals, dictionary, lam, *, max_iter=1000, tol=1e-6, restart=True, gr
 @torch.no_grad()
 def optimality_gap(signals, codes, dictionary, lam):
     """The gap of the worst signal: 0 at the minimum of Eq. 5, near 1 for codes that are all zero."""
-    signals, dictionary, lam = _checked(signals, dictionary, lam)
-    if codes.shape != (len(signals), len(dictionary)):
-        raise UserError(f"codes {tuple(codes.shape)} do not fit {len(signals)} signals and {len(dictionary)} atoms")
-    if not codes.numel():
+    x, d, lam, unit = _checked(signals, dictionary, lam)
+    s = finite_matrix("codes", codes)
+    if s.shape != (len(x), len(d)):
+        raise UserError(f"codes {tuple(s.shape)} do not fit {len(x)} signals and {len(d)} atoms")
+    if not s.numel():
         return 0.0
-    problem = _Lasso(dictionary, lam)
-    gaps, _ = problem.gaps(codes.to(signals.dtype), *problem.prepare(signals, signals @ dictionary.T))
+    problem = _Lasso(d, lam)
+    gaps, _ = problem.gaps(s.to(x.dtype) / unit, *problem.prepare(x, x @ d.T))
     return gaps.max().item()
 
 
@@ -118,22 +119,24 @@ def _solve(signals, dictionary, lam, max_iter, tol, callback, **method):
     """Block by block, unless a callback wants to see all codes after every step."""
     if max_iter < 1 or not tol >= 0:
         raise UserError(f"max_iter={max_iter}, tol={tol}: give at least one step and a tol of 0 or more")
-    x, d, lam = _checked(signals, dictionary, lam)
+    x, d, lam, unit = _checked(signals, dictionary, lam)
     codes = x.new_zeros(len(x), len(d))  # (N, M)
     if not codes.numel():
         return codes.to(signals.dtype)
-    size = len(x) if callback else max(1, BLOCK // len(d))  # signals in a block
+    limit = BLOCK if x.device.type == "cpu" else 128 * BLOCK
+    size = len(x) if callback else max(1, limit // len(d))  # signals in a block
+    watch = callback and (lambda k, s: callback(k, (s * unit).to(signals.dtype)))
     with torch.no_grad():
         problem = _Lasso(d, lam)
         blocks = zip(x.split(size), codes.split(size))  # views: each block fills its part of the codes
-        gaps = torch.cat([_descend(problem, *block, max_iter, tol, callback, **method) for block in blocks])
+        gaps = torch.cat([_descend(problem, *block, max_iter, tol, watch, **method) for block in blocks])
     if len(gaps):
         warnings.warn(
             f"stopped at max_iter={max_iter} with an optimality gap of {gaps.max().item():.1e}, above tol={tol}, "
             f"in {len(gaps)} of {len(x)} signals",
             stacklevel=3,
         )
-    return codes.to(signals.dtype)
+    return codes.mul_(unit).to(signals.dtype)
 
 
 def _descend(problem, signals, codes, max_iter, tol, callback, momentum, restart, greedy):
@@ -199,8 +202,11 @@ def _greedy(problem, products, codes, steps, tol, callback):
 
 
 def _checked(signals, dictionary, lam):
-    """Signals, dictionary (float32 at least) and λ, or one line on what does not fit."""
-    signals_32, dictionary_32 = finite_matrix("signals", signals), finite_matrix("dictionary", dictionary)
+    """Signals, dictionary (float32 at least) and λ, with the unit that makes codes of theirs; or one line on a mistake.
+
+    Both come near 1 in size, so that no square leaves the range of the dtype. Powers of two round nothing.
+    """
+    x, d = finite_matrix("signals", signals), finite_matrix("dictionary", dictionary)
     if signals.shape[1] != dictionary.shape[1]:
         raise UserError(f"signals have {signals.shape[1]} dimensions, atoms {dictionary.shape[1]}; they must agree")
     if (signals.dtype, signals.device) != (dictionary.dtype, dictionary.device):
@@ -208,7 +214,8 @@ def _checked(signals, dictionary, lam):
         raise UserError(f"signals and dictionary are {kinds}; make them the same")
     if not 0 <= lam < math.inf:
         raise UserError(f"lam={lam}; give a finite number of 0 or more")
-    return signals_32, dictionary_32, float(lam)
+    a, b = (2.0 ** (math.frexp(value.abs().max().item())[1] - 1) if value.any() else 1.0 for value in (x, d))
+    return x / a, d / b, float(lam) / a / b, a / b
 
 
 def finite_matrix(name, value):

@@ -204,12 +204,19 @@ def test_stops_when_tol_is_met_and_not_much_later(solver, tol):
 
 
 @pytest.mark.parametrize("solver", ["ista", "fista"])
-def test_tol_means_the_same_in_any_unit(solver):
-    """Powers of two scale without rounding: X by a and D by b makes S a/b times as large, for λ a·b times as large."""
-    (signals, dictionary, lam), a, b = problem("not normalised"), 2.0**40, 2.0**-20
+@pytest.mark.parametrize("a, b", [(2.0**40, 2.0**-20), (2.0**90, 2.0**20), (2.0**-90, 2.0**-20), (1, 2.0**-90)])
+def test_tol_means_the_same_in_any_unit(solver, a, b):
+    """Powers of two scale without rounding: X by a and D by b makes S a/b times as large, for λ a·b times as large.
+
+    Also where squares would leave the range of float32, which is 2^±126.
+    """
+    signals, dictionary, lam = problem("not normalised", torch.float32)
     codes = SOLVERS[solver](signals, dictionary, lam, tol=1e-4, max_iter=5000)
-    scaled = SOLVERS[solver](a * signals, b * dictionary, a * b * lam, tol=1e-4, max_iter=5000)
-    assert torch.equal(scaled, codes * a / b)
+    seen = []
+    arguments = a * signals, b * dictionary, a * b * lam
+    scaled = SOLVERS[solver](*arguments, tol=1e-4, max_iter=5000, callback=lambda k, s: seen.append(s))
+    assert torch.equal(scaled, codes * (a / b)) and torch.equal(scaled, seen[-1])
+    assert optimality_gap(a * signals, scaled, b * dictionary, a * b * lam) < 1e-4
 
 
 @pytest.mark.parametrize("solver", ["ista", "fista"])
@@ -315,3 +322,5 @@ def test_refuses_what_makes_no_sense(solver, arguments, options, message):
 def test_gap_refuses_codes_that_do_not_fit():
     with pytest.raises(UserError, match=r"codes \(5, 3\) do not fit 3 signals and 5 atoms"):
         optimality_gap(X, torch.zeros(5, 3), D, 1)
+    with pytest.raises(UserError, match="codes: there are NaN"):
+        optimality_gap(X, torch.full((3, 5), torch.nan), D, 1)

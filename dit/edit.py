@@ -29,7 +29,7 @@ from sparsecode.common import UserError, replacing
 
 EPOCHS = 60  # the paper's, on one picture (§4.1); a model's own come from its defaults.json
 METHODS = ("lora", "sparse")
-EXPECTED = "the fewer or sparser the atoms, the more the prompt decides and the less of the subject is left"
+EXPECTED = "expect less of the subject, and more of what the base model draws, with fewer or sparser atoms"
 OUTPUTS = {"lora.safetensors", "sparse.safetensors", "lora.pt", "sparse.pt", "edit.png"}
 
 
@@ -99,7 +99,7 @@ def draw(pipe, prompts, noise, name, adapter=None, density=None, keep_atoms=None
         detach(model)
 
 
-def draw_table(rows, path, title):
+def draw_table(rows, path, title, dpi=150):
     """A figure with a row for each (label, {prompt: pictures}) and a column for each prompt of the last row."""
     from matplotlib.figure import Figure
 
@@ -116,10 +116,10 @@ def draw_table(rows, path, title):
                 axes.imshow(side_by_side(pictures[prompt]))
         cells[0].set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize=8)
     for axes, prompt, count in zip(table[0], prompts, counts):
-        axes.set_title(textwrap.fill(prompt, 16 * count), fontsize=8, loc="left")
+        axes.set_title(textwrap.fill(prompt, 13 * count), fontsize=8, loc="left")
     figure.suptitle(textwrap.fill(title, round(11 * width)), fontsize=10)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+        figure.savefig(temporary, dpi=dpi)
 
 
 def side_by_side(pictures):

@@ -71,14 +71,13 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
         prompts = [prompt for prompt, *_ in scenes]
         drawn = {label: pictures for name, way in ways for label, pictures in draw(pipe, prompts, noise, name, **way)}
 
-        # %% 3. Two questions to each picture. Is the subject there? Its pixels, correlated with those of the drawing
+        # %% 3. Is the subject kept? Its pixels, correlated with those of the drawing. Does the picture obey the prompt?
+        # The judge that ships with the tiny model sees backgrounds and places.
         picture = to_tensor(drawn["sparse"][robot.caption][:1])  # (1, 3, H, W)
         by_hand = np.corrcoef(robot.picture[:, robot.mask].flatten(), picture[0][:, robot.mask].flatten())[0, 1]
         library = robot.kept(picture, robot.place, reach=0).item()
         print(f"correlation by hand {by_hand:.4f}, library {library:.4f}; shifted to fit: ", end="")
         print(f"{robot.kept(picture, robot.place).item():.4f} (expect the first two equal)")
-
-        # %% … and does it follow the prompt? The judge that ships with the tiny model sees backgrounds and places
         scores = {}  # label -> [follows, kept] of the trained prompt, [follows, kept] of the changed ones
         for label, pictures in drawn.items():
             measured = []
@@ -112,7 +111,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
                  for edit in ("same", "background", "place")]  # fmt: skip
         print(f"  {label:32} {'  '.join(cells)}  before {np.mean(table[label, 'other', 'follows']):.0%}")
 
-    draw_all(drawn, scenes, robot, figures)
+    draw_all(drawn, robot, figures)
     draw_maps(maps, best, figures / "07_where.png")
     draw_measured(table, figures / "07_measured.png")
     return {"by_hand": by_hand, "library": library, "scores": scores, "ratio": ratio, "table": table}
@@ -134,12 +133,12 @@ def read_table(path):
 # %% The figures
 
 
-def draw_all(drawn, scenes, robot, figures):
-    training = ("training picture", {robot.caption: to_pil(robot.picture[None])})
-    rows = [training, *((label, pictures) for label, pictures in drawn.items() if label not in THIN)]
-    draw_table(rows, figures / "07_editing.png", "learned from one picture, asked for another background (Fig. 5, 6)")
-    rows = [training, *((label, drawn[label]) for label in ("base model", *THIN))]
-    draw_table(rows, figures / "07_rank_one.png", "as thin as can be: LoRA of rank 1; one atom a token (Fig. 4)")
+def draw_all(drawn, robot, figures):
+    top = [("training picture", {robot.caption: to_pil(robot.picture[None])})]
+    rows = top + [(label, pictures) for label, pictures in drawn.items() if label not in THIN]
+    draw_table(rows, figures / "07_editing.png", "learned from one picture, told of another (Fig. 5, 6)", dpi=80)
+    rows = top + [(label, drawn[label]) for label in ("base model", *THIN)]
+    draw_table(rows, figures / "07_rank_one.png", "LoRA of rank 1, and one atom for each token (Fig. 4)", dpi=80)
 
 
 def draw_maps(maps, best, path, columns=7):
@@ -160,14 +159,15 @@ def draw_maps(maps, best, path, columns=7):
 
 def draw_measured(table, path):
     labels = list(dict.fromkeys(label for label, *_ in table))[::-1]
+    heights = np.arange(len(labels))
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 4.6), layout="constrained", sharey=True)
     titles = {"follows": "does the edit happen? (share of pictures)", "kept": "is the subject kept? (correlation)"}
     look = {"markersize": 4, "linewidth": 0.8}
     styles = {"same": ("o", "0.6"), "background": ("s", "tab:blue"), "place": ("D", "tab:orange")}
     for ax, (column, title) in zip(axes, titles.items()):
         for offset, (edit, (marker, colour)) in zip((0.2, 0, -0.2), styles.items()):
-            values = [table[label, edit, column] for label in labels]
-            means, spreads = zip(*[(np.mean(v), np.std(v, ddof=1)) for v in values])
+            cells = [table[label, edit, column] for label in labels]
+            means, spreads = zip(*[(np.mean(cell), np.std(cell, ddof=1)) for cell in cells])
             name = "the trained prompt" if edit == "same" else f"another {edit}"
             y = np.arange(len(labels)) + offset
             ax.errorbar(means, y, xerr=spreads, fmt=marker, color=colour, label=name, **look)
@@ -175,7 +175,7 @@ def draw_measured(table, path):
         ax.grid(axis="x", linewidth=0.3)
     axes[0].set_xlim(0.3, 1.12)
     axes[1].set_xlim(-0.12, 1.02)
-    axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    axes[0].set_yticks(heights, labels, fontsize=8)
     axes[0].legend(fontsize=8, loc="lower left")
     figure.suptitle("five subjects, mean and standard deviation from subject to subject", fontsize=11)
     figure.savefig(path, dpi=130)

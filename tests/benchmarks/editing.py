@@ -1,6 +1,6 @@
 """Editing, measured (Fig. 4–6): does the edit happen, is the subject kept, is the rest of the model unharmed?
 
-    python tests/benchmarks/editing.py --out runs/editing       (about 15 minutes on two CPU cores)
+    python tests/benchmarks/editing.py --out runs/editing       (about 30 minutes of a CPU core)
 
 Trains on pictures 01 and 02 of each shipped subject and draws every edit with every adapter: other backgrounds on 01,
 a large portrait in the middle, and other places on 02, which leaves room to move. Writes editing.csv and the adapters

@@ -48,6 +48,9 @@ def test_objective_falls_until_a_round_gains_too_little_and_the_best_is_returned
     assert rises and all(0 <= gains[i - 1] < 1e-5 for i in rises)
     assert gains[-1] < 1e-5  # the rule by which it stopped
     assert lasso_objective(signals, codes, learned, LAM) < min(seen) * (1 + 1e-5)
+    stop = rises[0] + 2  # the round after a replacement, which has not paid yet
+    learned, codes = learn_dictionary(signals, ATOMS, LAM, max_iter=stop)
+    assert seen[stop - 1] > seen[stop - 2] >= lasso_objective(signals, codes, learned, LAM)
 
 
 def test_an_updated_atom_is_the_best_of_unit_norm():

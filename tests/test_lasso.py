@@ -190,6 +190,18 @@ def test_each_signal_is_a_problem_of_its_own(solver, monkeypatch):
     torch.testing.assert_close(apart, together, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("solver", ["ista", "fista", "no greedy"])
+def test_signals_that_are_done_are_worked_on_no_more(solver, monkeypatch):
+    signals, dictionary, lam = problem()
+    signals[:30] *= 0.01  # λ exceeds their largest gradient: zero from the start
+    sizes, step = [], lasso._Lasso.step
+    monkeypatch.setattr(lasso._Lasso, "step", lambda self, s, data: sizes.append(len(s)) or step(self, s, data))
+    codes = SOLVERS[solver](signals, dictionary, lam, max_iter=5000)
+    assert not codes[:30].any() and codes[30:].any()
+    assert sizes[0] == 40 and sizes[1] <= 10 and sizes[-1] < 5
+    assert all(after <= before for before, after in zip(sizes, sizes[1:]))
+
+
 @pytest.mark.parametrize("solver", ["ista", "fista"])
 @pytest.mark.parametrize("tol", [1e-2, 1e-5, 1e-9])
 def test_stops_when_tol_is_met_and_not_much_later(solver, tol):

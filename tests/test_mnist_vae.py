@@ -191,6 +191,8 @@ def test_digits_that_ship_are_the_10000_of_mnist_in_two_parts(digits):
     assert len(train.labels) == 8000 and len(held_out.labels) == 2000
     counts = train.labels.bincount() + held_out.labels.bincount()
     assert counts.tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert held_out.labels[:2].tolist() == [4, 9]  # MNIST begins with 7 2 1 0 4 1 4 9 5 9
+    assert train.labels[:8].tolist() == [7, 2, 1, 0, 1, 4, 9, 5]
     assert train.images.min() == 0 and train.images.max() == 1 and train.images.dtype == torch.float32
     eights = train.only(8)
     assert len(eights) == (train.labels == 8).sum() and torch.equal(eights[0], train.images[train.labels == 8][0])

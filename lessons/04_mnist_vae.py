@@ -5,7 +5,7 @@ Claim    A VAE that has seen only the digits 5 to 9 gives a fifth of noisy 3s ba
          important nearly suffice where σ keeps one for each token; learned without σ, the best 12 do next to nothing.
 Paper    O + ΔO = O + σ_λ(A X W_s) D, Eq. 8 and 9; §3.3, Fig. 1 and Appendix B
 Modules  sparsecode/mnist_vae.py, sparsecode/attach.py, sparsecode/atoms.py
-Costs    90 seconds on two CPU cores; 15 with --quick; 2 minutes more with --retrain.
+Costs    85 seconds on two CPU cores; 18 with --quick; 2 minutes more with --retrain.
 
     python lessons/04_mnist_vae.py
 """
@@ -55,7 +55,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS, data=None, retrain=None,
     others = {name: some[read(vae, classifier, some) == 8] for name, some in others.items()}
 
     # %% 3. Learn the atoms on noisy 3s. All else stays frozen, the encoder too
-    steps = 100 if quick else 800
+    steps = 80 if quick else 800
     losses = mnist_vae.train_adapter(vae, train.only(3), density=0.01, steps=steps, seed=seed)  # top-k, k = 1 of 100
     size = sum(p.numel() for p in trainable(vae))
     print(f"trained {size:,} parameters: W_s and D of {' and '.join(adapters(vae))} (expect 51,200)")

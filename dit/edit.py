@@ -36,32 +36,31 @@ OUTPUTS = {"lora.safetensors", "sparse.safetensors", "lora.pt", "sparse.pt", "ed
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
-def settings(pipe, image, method, epochs=None, lr=None):
-    """dit.finetune's arguments for one picture, and the options of `attach`: the model's own, or else the paper's."""
-    args = finetune.parse([f"--images={image}", f"--method={method}"])
+def settings(pipe, images, method, epochs=None, lr=None, seed=0):
+    """dit.finetune's arguments for these files, and the options of `attach`: the model's own, or else the paper's."""
+    args = finetune.parse(["--images", *map(str, images), f"--method={method}", f"--seed={seed}"])
     args.lr, args.epochs = lr, epochs or pipe.defaults.get("finetune", {}).get("epochs", EPOCHS)
     return args, finetune.complete(args, pipe)
 
 
-def teach(
-    pipe, image, caption, file, *, method="sparse", epochs=None, lr=None, gradient_checkpointing=False, **options
-):
-    """Fine-tune on one picture as dit.finetune does, into an adapter file; the model is left as it was.
+def teach(pipe, images, captions, file, *, method="sparse", epochs=None, lr=None, seed=0, gradient_checkpointing=False,
+          **options):  # fmt: skip
+    """Fine-tune on picture files as dit.finetune does, into an adapter file; the model is left as it was.
 
     A file that holds this very run is left alone, and a run that was killed goes on from its checkpoint beside it.
     """
-    args, defaults = settings(pipe, image, method, epochs, lr)
+    args, defaults = settings(pipe, images, method, epochs, lr, seed)
     options = defaults | options
-    images = load_images([image], args.resolution)  # (1, 3, H, W)
-    args.settings = finetune.describe(args, options, pipe, images, [caption])
+    images = load_images(images, args.resolution)  # (n, 3, H, W)
+    args.settings = finetune.describe(args, options, pipe, images, captions)
     checksum = zlib.crc32(repr(sorted(args.settings.items())).encode())
     if file.exists():
         if read_header(file)["notes"].get("settings") != checksum:
-            raise UserError(f"{file} was trained on another picture or with other settings; use another --out")
+            raise UserError(f"{file} was trained on other pictures or with other settings; use another --out")
         return
     checkpoint = file.with_suffix(".pt")
     state = finetune.read_checkpoint(checkpoint, args.settings) if checkpoint.exists() else None
-    data = encode(pipe, images, [caption])
+    data = encode(pipe, images, captions)
     pipe.free("text_encoder", "vae")
 
     model = pipe.transformer
@@ -71,7 +70,7 @@ def teach(
     losses = finetune.train(model, data, args, state, checkpoint)
     if method == "sparse":
         finetune.measure_usage(model, data, args.seed)
-    save_adapter(model, file, prompt=caption, settings=checksum, steps=len(losses), lr=args.lr, seed=args.seed)
+    save_adapter(model, file, prompt=captions[0], settings=checksum, steps=len(losses), lr=args.lr, seed=args.seed)
     detach(model)
     checkpoint.unlink()  # now the run is finished
 
@@ -215,7 +214,7 @@ def parse(argv=None):
 
 def check_choice(pipe, args):
     """Refuse densities and numbers of atoms that cannot be, before any work."""
-    attach(pipe.transformer, "sparse", **settings(pipe, args.image, "sparse")[1])
+    attach(pipe.transformer, "sparse", **settings(pipe, [args.image], "sparse")[1])
     for choice in ({"density": args.density}, {"keep_atoms": args.keep_atoms}):
         list(variants(pipe.transformer, "fresh", **choice))
     detach(pipe.transformer)
@@ -232,7 +231,7 @@ def edit(pipe, args):
     files = {method: args.out / f"{method}.safetensors" for method in METHODS}
     for method, file in files.items():
         extra = {"epochs": args.epochs, "gradient_checkpointing": args.gradient_checkpointing}
-        teach(pipe, args.image, caption, file, method=method, **extra)
+        teach(pipe, [args.image], [caption], file, method=method, **extra)
 
     ways = [{"name": "base model"}, {"name": "LoRA", "adapter": files["lora"]}]
     ways += [{"name": "sparse", "adapter": files["sparse"]}]

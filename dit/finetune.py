@@ -37,6 +37,10 @@ SEEDS = (0, 1, 2, 3, 4)  # of the pictures before and after
 SHOWN_CAPTIONS = 3  # of the training pictures' captions, in before_after.png
 
 
+class Diverged(UserError):
+    """The loss is no number any more."""
+
+
 # ---- training ---------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +104,7 @@ def train(model, data, args, state, file):
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not (math.isfinite(total) and math.isfinite(norm)):
             kept = f"{file} keeps an earlier step" if file.exists() else "nothing was kept"
-            raise UserError(f"the loss became {total.item()} at step {step}; {kept}; try a smaller --lr than {args.lr}")
+            raise Diverged(f"the loss became {total.item()} at step {step}; {kept}; try a smaller --lr than {args.lr}")
         if step > 0 and step % args.checkpoint_every == 0:
             save_checkpoint(file, model, optimizer, losses, args)
         optimizer.step()

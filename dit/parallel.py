@@ -1,6 +1,7 @@
 """Several processes that train one model: `torchrun --nproc-per-node N -m dit.…`; one process without torchrun."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -20,18 +21,38 @@ def stop():
         dist.destroy_process_group()
 
 
+_alone = False
+
+
+@contextmanager
+def alone():
+    """Within it every process works for itself, on a model of its own: rank 0 of 1, and without bars."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def rank():
     """The number of this process, 0 for the one that writes and prints; known before `start`."""
-    return int(os.environ.get("RANK", 0))
+    return 0 if _alone else int(os.environ.get("RANK", 0))
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return 1 if _alone else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def wait():
+    """Until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def bar_off():
     """For tqdm's `disable`: quiet when not on a terminal, and in all processes but the first."""
-    return True if rank() else None
+    return True if _alone or rank() else None
 
 
 def average_gradients(parameters):

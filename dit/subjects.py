@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit.scenes import PLACES, SENTENCES, SUPERSAMPLE, draw_background, outline, paint
+from dit.scenes import COLOURS, PLACES, SENTENCES, SUPERSAMPLE, WORLDS, draw_background, outline, paint
 from sparsecode.common import replacing
 
 # ---- polygons -----------------------------------------------------------------------------------------
@@ -175,6 +175,7 @@ PICTURES = {
         ("orange", "top right", 0.30),
     ],
 }
+PROMPT_BACKGROUNDS = ("red", "green", "blue", "yellow", "purple")
 
 
 def draw_subject(name, background, place, radius, size=256):
@@ -182,18 +183,35 @@ def draw_subject(name, background, place, radius, size=256):
 
     Where it would stick out of the picture, it is moved in by as much as it needs.
     """
+    return draw_parts(SUBJECTS[name], background, place, radius, size)
+
+
+def draw_parts(parts, background, place, radius, size):
     canvas = draw_background(background, "plain", size * SUPERSAMPLE)
     room = radius + 0.02  # for the rim
     centre = np.clip(PLACES[place], room, 1 - room)
-    for polygons, rgb in SUBJECTS[name]:
+    for polygons, rgb in parts:
         paint(canvas, polygons, rgb, centre, radius)
     return canvas.reduce(SUPERSAMPLE)
 
 
+def sample_creature(rng, parts=5):
+    """Parts of a character that nobody has seen: a large body, and smaller outlines in other colours on it."""
+    kinds = rng.choice(WORLDS["full"].kinds, parts)
+    rgbs = rng.permutation(list(COLOURS.values()))[:parts] * rng.uniform(0.7, 1, (parts, 3))
+    centres, radii = rng.uniform(-0.6, 0.6, (parts, 2)), rng.uniform(0.2, 0.5, parts)
+    centres[0], radii[0] = 0, 0.95
+    outlines = [[np.asarray(polygon) * r + c for polygon in outline(k)] for k, c, r in zip(kinds, centres, radii)]
+    return [(polygons, tuple(rgb.astype(int).tolist())) for polygons, rgb in zip(outlines, rgbs)]
+
+
 def subject_caption(name, background, place):
-    where = "in the middle" if place == "centre" else f"at the {place}"
-    things, background = f"{_article(name)} {name} {where}", f"{_article(background)} {background} background"
+    things, background = f"{_article(name)} {name} {_where(place)}", f"{_article(background)} {background} background"
     return SENTENCES[0].format(things=things, background=background)
+
+
+def _where(place):
+    return "in the middle" if place == "centre" else f"at the {place}"
 
 
 def _article(word):
@@ -201,7 +219,16 @@ def _article(word):
 
 
 def write_subjects(folder):
-    """<folder>/<name>/01.png and 01.txt to 05.png and 05.txt for each subject."""
+    """<folder>/<name>/01.png and 01.txt to 05.png and 05.txt for each subject, and the prompts that dit.evaluate draws.
+
+    These are in DreamBooth's format: five places on each of five backgrounds, {0} a token (unused here), {1} the name.
+    """
+    prompts = [f"'a {{0}} {{1}} {_where(place)} on a {background} background'.format(unique_token, class_token)"
+               for place in WORLDS["small"].places for background in PROMPT_BACKGROUNDS]  # fmt: skip
+    classes = [f"{name},{name}" for name in SUBJECTS]
+    lines = ["Classes", "", "subject_name,class", *classes, "", "Prompts", "", "Object Prompts", "", "prompt_list = ["]
+    with replacing(Path(folder) / "prompts_and_classes.txt") as temporary:
+        temporary.write_bytes("\n".join([*lines, ",\n".join(prompts), "]", ""]).encode())
     for name, pictures in PICTURES.items():
         for i, (background, place, radius) in enumerate(pictures, 1):
             path = Path(folder) / name / f"{i:02}.png"

@@ -60,7 +60,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
         training["one atom of 256"] = {"density": 0.004, "lr": 0.01}  # round(0.004 · 256) = 1 for each token
         files = {name: Path(folder) / f"{name}.safetensors" for name in training}
         for name, how in training.items():
-            teach(pipe, robot.file, robot.caption, files[name], epochs=10 if quick else None, **how)
+            teach(pipe, [robot.file], [robot.caption], files[name], epochs=10 if quick else None, **how)
 
         # %% 2. The same seeds with every adapter: the trained prompt, then changed ones (Fig. 5, 6)
         densities, counts = ([0.01], [40]) if quick else ([0.01, 0.04], [40, 120, 400])

@@ -5,7 +5,7 @@ import torch
 
 def soft_threshold(x, lam):
     """sign(x) · max(|x| − λ, 0), the proximal operator of λ‖·‖₁    (Eq. 6)"""
-    return x.sign() * (x.abs() - lam).relu()
+    return x - x.clamp(-lam, lam)
 
 
 def relu_threshold(x, lam):

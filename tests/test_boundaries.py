@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEST_TOOLS = {"diffusers", "transformers", "peft", "pytest"}
+TEST_TOOLS = {"diffusers", "transformers", "peft", "pytest", "sklearn"}
 
 
 def imported(file):
@@ -30,7 +30,9 @@ def test_sparsecode_knows_nothing_of_pictures(file):
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("dit/*.py")), ids=lambda f: f.name)
 def test_dit_needs_no_reference_library(file):
-    assert not set(imported(file)) & ({"lessons"} | TEST_TOOLS)
+    """CLIP alone, which measures and is no part of the model, is transformers'."""
+    allowed = {"transformers"} if file.name in ("metrics.py", "pretrain.py") else set()
+    assert not set(imported(file)) & ({"lessons"} | TEST_TOOLS) - allowed
 
 
 def test_only_checkpoint_opens_weights_of_models():

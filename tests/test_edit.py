@@ -75,7 +75,7 @@ def test_the_command(options, tmp_path, capsys, monkeypatch):
 def test_an_out_that_holds_something_else(options, tmp_path):
     call(options, "--out", tmp_path, "--density", "--keep-atoms")
     for other in (["--epochs", 2], ["--prompt", "a heart"]):
-        with pytest.raises(UserError, match="lora.safetensors was trained on another picture or with other settings"):
+        with pytest.raises(UserError, match="lora.safetensors was trained on other pictures or with other settings"):
             call(options, "--out", tmp_path, *other)
     (tmp_path / "thesis.doc").write_text("mine")
     with pytest.raises(UserError, match="thesis.doc"):
@@ -86,7 +86,7 @@ def test_an_out_that_holds_something_else(options, tmp_path):
 def test_teaches_what_finetune_teaches(pipe, tiny, photo, tmp_path, monkeypatch, method):
     monkeypatch.setattr(finetune, "plot_losses", lambda *_: None)
     monkeypatch.setattr(finetune, "draw_prompts", lambda *_: [[Image.new("RGB", (4, 4))]])
-    edit.teach(pipe, photo, "a robot", tmp_path / "ours.safetensors", method=method, epochs=3)
+    edit.teach(pipe, [photo], ["a robot"], tmp_path / "ours.safetensors", method=method, epochs=3)
     finetune.main(["--weights", str(tiny), "--device", "cpu", "--images", str(photo), "--method", method,
                    "--epochs", "3", "--out", str(tmp_path / "run")])  # fmt: skip
     ours, theirs = (load_file(tmp_path / file) for file in ("ours.safetensors", "run/adapter.safetensors"))
@@ -95,15 +95,15 @@ def test_teaches_what_finetune_teaches(pipe, tiny, photo, tmp_path, monkeypatch,
 
 
 def test_options_of_the_method_and_the_learning_rate_arrive(pipe, photo, tmp_path):
-    edit.teach(pipe, photo, "a robot", tmp_path / "a.safetensors", method="lora", epochs=1, lr=0.5, r=1, alpha=1)
+    edit.teach(pipe, [photo], ["a robot"], tmp_path / "a.safetensors", method="lora", epochs=1, lr=0.5, r=1, alpha=1)
     header = read_header(tmp_path / "a.safetensors")
     assert header["options"] == {"target": "attn1", "r": 1, "alpha": 1} and header["notes"]["lr"] == 0.5
 
 
 def test_the_papers_sixty_epochs_unless_the_model_says_otherwise(pipe, photo, monkeypatch):
-    assert edit.settings(pipe, photo, "sparse")[0].epochs == 1  # its defaults.json
+    assert edit.settings(pipe, [photo], "sparse")[0].epochs == 1  # its defaults.json
     monkeypatch.setattr(pipe, "defaults", {})
-    args, options = edit.settings(pipe, photo, "sparse")
+    args, options = edit.settings(pipe, [photo], "sparse")
     assert (args.epochs, args.lr, options) == (60, 1e-4, {"atoms": 256, "density": 0.02})
 
 
@@ -115,21 +115,21 @@ def test_a_killed_training_goes_on_to_the_same_adapter(pipe, photo, tmp_path, mo
         raise Killed
 
     undisturbed, file = tmp_path / "undisturbed.safetensors", tmp_path / "run.safetensors"
-    edit.teach(pipe, photo, "a robot", undisturbed, epochs=3)
+    edit.teach(pipe, [photo], ["a robot"], undisturbed, epochs=3)
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "measure_usage", die)
         with pytest.raises(Killed):
-            edit.teach(Pipeline.from_folder(pipe.folder, device="cpu"), photo, "a robot", file, epochs=3)
+            edit.teach(Pipeline.from_folder(pipe.folder, device="cpu"), [photo], ["a robot"], file, epochs=3)
     assert file.with_suffix(".pt").exists() and not file.exists()
     monkeypatch.setattr(finetune, "training_loss", die)  # all steps were done
-    edit.teach(pipe, photo, "a robot", file, epochs=3)
+    edit.teach(pipe, [photo], ["a robot"], file, epochs=3)
     one, other = load_file(undisturbed), load_file(file)
     assert all(torch.equal(one[name], other[name]) for name in one) and not file.with_suffix(".pt").exists()
 
 
 def test_draws_what_sample_draws(pipe, tiny, photo, tmp_path):
     file, prompts = tmp_path / "a.safetensors", ["a robot", "a star"]
-    edit.teach(pipe, photo, "a robot", file, epochs=5)
+    edit.teach(pipe, [photo], ["a robot"], file, epochs=5)
     noise = pipe.noise([0, 5])
     choice = {"density": [0.5, 1.0], "keep_atoms": [0, 4]}
     drawn = dict(edit.draw(pipe, prompts, noise, "x", file, **choice, steps=2))

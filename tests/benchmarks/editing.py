@@ -67,7 +67,7 @@ def rows_of(pipe, judge, subject, number, name, out):
     file = None
     if how is not None:
         file = out / f"{subject.name}-{number:02}-{name.replace(',', '').replace(' ', '-')}.safetensors"
-        teach(pipe, subject.file, subject.caption, file, **how)
+        teach(pipe, [subject.file], [subject.caption], file, **how)
     wanted = scenes(subject, number)
     noise = pipe.noise(range(n_seeds))  # (seeds, 4, h, w)
     for way in ways:

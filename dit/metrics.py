@@ -1,0 +1,103 @@
+"""How well a concept was learned (§4.3): text alignment and fidelity with CLIP, diversity with the Vendi score.
+
+CLIP and DINOv2 are read by transformers from local folders: pip install -e ".[eval]". The paper's ImageReward is left
+out: its checkpoint wraps BLIP in a layout of its own, and without it a port cannot be shown to give its scores.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from sparsecode.common import UserError
+
+BATCH = 50  # pictures or texts at a time
+
+
+def need_transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise UserError('CLIP is read by transformers, which is not installed: pip install -e ".[eval]"') from None
+    return transformers
+
+
+class CLIP:
+    """CLIP from a folder in transformers' layout, tokenizer and preprocessor included (Radford et al., 2021).
+
+    texts(list of str) and images(list of PIL images) -> unit vectors (n, C), whose products are the cosines.
+    """
+
+    def __init__(self, folder, device="cpu"):
+        library = need_transformers()
+        self.device = device
+        self.model = _load(library.CLIPModel, folder).to(device).eval()
+        self.tokenizer = _load(library.CLIPTokenizer, folder)
+        self.preprocessor = _load(library.AutoImageProcessor, folder)
+
+    @torch.no_grad()
+    def texts(self, texts):
+        return torch.cat([self._texts(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+
+    def _texts(self, texts):
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        hidden = self.model.text_model(**inputs).pooler_output  # (n, C_text)
+        return F.normalize(self.model.text_projection(hidden).float(), dim=-1).cpu()  # (n, C)
+
+    @torch.no_grad()
+    def images(self, images):
+        return torch.cat([self._images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+    def _images(self, images):
+        pixels = self.preprocessor(images, return_tensors="pt")["pixel_values"].to(self.device)  # (n, 3, H, W)
+        hidden = self.model.vision_model(pixels).pooler_output  # (n, C_vision)
+        return F.normalize(self.model.visual_projection(hidden).float(), dim=-1).cpu()  # (n, C)
+
+
+class DINOv2:
+    """DINOv2 from a folder in transformers' layout: images(list of PIL images) -> unit vectors (n, C)."""
+
+    def __init__(self, folder, device="cpu"):
+        library = need_transformers()
+        self.device = device
+        self.model = _load(library.Dinov2Model, folder).to(device).eval()
+        self.preprocessor = _load(library.AutoImageProcessor, folder)
+
+    @torch.no_grad()
+    def images(self, images):
+        return torch.cat([self._images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+
+    def _images(self, images):
+        pixels = self.preprocessor(images, return_tensors="pt")["pixel_values"].to(self.device)  # (n, 3, H, W)
+        return F.normalize(self.model(pixels).pooler_output.float(), dim=-1).cpu()  # (n, C): the class token
+
+
+def _load(kind, folder):
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder; weights/README.md says what belongs there")
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises whatever a file makes it
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} cannot be read as a {kind.__name__} ({reason})") from None
+
+
+def alignment(pictures, texts):
+    """Mean cosine of each picture with its own text: pictures (n, C), texts (n, C), unit vectors."""
+    return (pictures * texts).sum(-1).mean().item()
+
+
+def fidelity(pictures, originals):
+    """Mean cosine of n pictures with m pictures of the concept: (n, C), (m, C), unit vectors."""
+    return (pictures @ originals.T).mean().item()
+
+
+def vendi_score(vectors):
+    """exp of the entropy of the eigenvalues of K/n, K = V Vᵀ: how many different pictures there seem to be, 1 to n.
+
+    vectors (n, C), unit vectors. Friedman & Dieng, The Vendi Score, 2023, Definition 3.1.
+    """
+    v = vectors.double()
+    small = v @ v.T if len(v) < v.shape[1] else v.T @ v  # both have the same eigenvalues, but for zeros
+    p = torch.linalg.eigvalsh(small / len(v)).clamp(min=0)
+    return torch.exp(torch.special.entr(p).sum()).item()

@@ -140,7 +140,7 @@ class Job:
     setting: Setting
     subject: Subject
     lr: float | None
-    seed: int
+    seed: int | None
 
     @property
     def name(self):
@@ -249,51 +249,60 @@ class Study:
 # ---- tables and plots -------------------------------------------------------------------------------------------
 
 
-def table(study, settings, rates, args):
-    """A row for each setting: mean over subjects, then mean and standard deviation over the training seeds."""
-    subjects = [subject for subject in study.subjects if subject.name not in args.tune_on]
-    rows, records = [], []
-    for setting in settings:
-        seeds = args.seeds if setting.method != "base" else [0]
-        jobs = [[Job(setting, subject, rates.get(setting.method), s) for subject in subjects] for s in seeds]
-        found = [[study.record(job) for job in group] for group in jobs]  # (seeds, subjects)
-        row = {"setting": setting, "lr": rates.get(setting.method), "parameters": found[0][0]["parameters"]}
-        for name in SCORES:
-            means = [statistics.mean(record[name] for record in group) for group in found]  # (seeds,)
-            row[name] = statistics.mean(means)
-            row[f"{name}_std"] = statistics.stdev(means) if len(means) > 1 else None
+def setting_of(record):
+    return Setting(record["method"], record["atoms"], record["density"])
+
+
+def summarise(records):
+    """A row for each setting: every score's mean over subjects, then mean and deviation over the training seeds."""
+    groups = {}
+    for record in records:
+        groups.setdefault(setting_of(record), {}).setdefault(record["seed"], []).append(record)
+    rows = []
+    for setting, seeds in groups.items():
+        first = next(iter(seeds.values()))[0]
+        row = {"setting": setting, "lr": first["lr"], "parameters": first["parameters"]}
+        for score in SCORES:
+            means = [statistics.mean(record[score] for record in group) for group in seeds.values()]  # (seeds,)
+            row[score] = statistics.mean(means)
+            row[f"{score}_std"] = statistics.stdev(means) if len(means) > 1 else None
         rows.append(row)
-        records += [record for group in found for record in group]
-    return rows, records
+    return rows
 
 
-def to_markdown(rows, args, n_subjects):
-    head = ["", "lr", "parameters", *SCORES, *(f"paper: {name}" for name in SCORES)]
+def compare(records, score, one, other):
+    """Mean of score(one) − score(other) over the trainings that differ in nothing else, and its standard error."""
+    values = {(setting_of(r), r["subject"], r["seed"]): r[score] for r in records}
+    gaps = [value - values[(other, *key[1:])] for key, value in values.items() if key[0] == one]
+    return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+def to_markdown(rows):
+    head = ["", "lr", "parameters", *SCORES, *(f"paper: {score}" for score in SCORES)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [str(row["setting"]), "" if row["lr"] is None else f"{row['lr']:g}", f"{row['parameters']:,}"]
-        for name in SCORES:
-            spread = row[f"{name}_std"]
-            cells.append(f"{row[name]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        for score in SCORES:
+            spread = row[f"{score}_std"]
+            cells.append(f"{row[score]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
         cells += [f"{value:.3f}" for value in row["setting"].paper or ()] or ["", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
-    seeds = f"{len(args.seeds)} training seeds" if len(args.seeds) > 1 else "1 training seed"
-    diversity = "DINOv2" if args.dino else "CLIP"
-    lines += ["", f"{n_subjects} subjects; mean ± standard deviation over {seeds}. Diversity by {diversity}'s vectors."]
     return "\n".join(lines) + "\n"
 
 
 def write_rows(rows, path):
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
 
 
-def flat(row):
-    s = row["setting"]
-    rest = {name: value for name, value in row.items() if name != "setting"}
-    return {"method": s.method, "atoms": s.atoms, "density": s.density} | rest
+def read_results(path):
+    """The records that `write_rows` wrote into results.csv."""
+    kinds = {"subject": str, "method": str, "atoms": int, "seed": int, "parameters": int}
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: kinds.get(name, float)(text) if text else None for name, text in row.items()}
+                for row in csv.DictReader(file)]  # fmt: skip
 
 
 def plot_methods(rows, path):
@@ -303,7 +312,7 @@ def plot_methods(rows, path):
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        spread = [row[f"{name}_std"] or 0 for name in ("fidelity", "alignment")]
+        spread = [row[f"{score}_std"] or 0 for score in ("fidelity", "alignment")]
         point = axes.errorbar(row["fidelity"], row["alignment"], spread[1], spread[0], "o", capsize=2)
         axes.annotate(str(row["setting"]), (row["fidelity"], row["alignment"]), (5, 4), textcoords="offset points",
                       fontsize=8, color=point[0].get_color())  # fmt: skip
@@ -315,34 +324,39 @@ def plot_methods(rows, path):
 
 
 def plot_sweep(rows, name, path, title):
-    """The three scores against a number that the settings differ in."""
+    """The three scores against "density" or "atoms": ours (left axis), and the paper's where it has them (right)."""
     from matplotlib.figure import Figure
 
     rows = sorted(rows, key=lambda row: getattr(row["setting"], name))
     x = [getattr(row["setting"], name) for row in rows]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    for axes, score in zip(figure.subplots(1, 3), SCORES):
+    for i, (axes, score) in enumerate(zip(figure.subplots(1, 3), SCORES)):
         y, spread = [row[score] for row in rows], [row[f"{score}_std"] or 0 for row in rows]
         axes.errorbar(x, y, spread, marker="o", capsize=2)
         axes.set(xscale="log", xlabel={"density": "density ρ", "atoms": "atoms M"}[name], title=score)
         axes.set_xticks(x, [f"{value:g}" for value in x], minor=False)
         axes.minorticks_off()
+        axes.tick_params(axis="y", colors="tab:blue")
+        paper = [(value, row["setting"].paper[i]) for value, row in zip(x, rows) if row["setting"].paper]
+        if paper:
+            right = axes.twinx()
+            right.plot(*zip(*paper), "s--", color="tab:gray", label="the paper's")
+            right.tick_params(axis="y", colors="tab:gray")
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
 
-def picture_rows(study, settings, rates, args):
-    """What each setting drew of the first subject with its first seed, for `draw_table`."""
-    subject = next(subject for subject in study.subjects if subject.name not in args.tune_on)
-    prompts, side = spread(subject.prompts), study.pipe.resolution
+def picture_rows(study, jobs):
+    """What the jobs of one subject drew, for `draw_table`."""
+    subject, side = jobs[0].subject, study.pipe.resolution
+    prompts = spread(subject.prompts)
     originals = [[square(open_picture(file), side)] for file in subject.files]
     rows = [("training pictures (not of these prompts)", dict(zip(prompts, originals)))]
-    for setting in settings:
-        job = Job(setting, subject, rates.get(setting.method), args.seeds[0] if rates.get(setting.method) else 0)
+    for job in jobs:
         strip = open_picture(study.folder / f"{job.name}.png")
         pictures = [[strip.crop((x, 0, x + side, side))] for x in range(0, strip.width, side)]
-        rows.append((str(setting), dict(zip(prompts, pictures))))
+        rows.append((str(job.setting), dict(zip(prompts, pictures))))
     return rows
 
 
@@ -351,12 +365,12 @@ def spread(items):
     return items[:: math.ceil(len(items) / SHOWN)]
 
 
-def write_tables(study, rates, args):
-    settings = all_settings(args)
-    rows, records = table(study, settings, rates, args)
+def write_tables(study, jobs, args):
+    records = [study.record(job) for job in jobs]
+    rows = summarise(records)
     write_rows([flat(row) for row in rows], args.out / "table.csv")
     write_rows(records, args.out / "results.csv")
-    text = to_markdown(rows, args, len({record["subject"] for record in records}))
+    text = to_markdown(rows)
     with replacing(args.out / "table.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     plot_methods(rows, args.out / "methods.png")
@@ -367,8 +381,16 @@ def write_tables(study, rates, args):
     if len(args.atoms) > 1 and sparse:
         swept = [row for row in sparse if row["setting"].density == args.densities[0]]
         plot_sweep(swept, "atoms", args.out / "atoms.png", f"the number of atoms, ρ = {args.densities[0]:g} (Table 2)")
-    draw_table(picture_rows(study, settings, rates, args), args.out / "pictures.png", "the same noise, each setting")
-    print(text)
+    first = [job for job in jobs if job.subject is jobs[0].subject and job.seed in (args.seeds[0], None)]
+    shown = list({str(job.setting): job for job in reversed(first)}.values())[::-1]
+    draw_table(picture_rows(study, shown), args.out / "pictures.png", "the same noise, each setting")
+    print(text, end="")
+
+
+def flat(row):
+    s = row["setting"]
+    rest = {name: value for name, value in row.items() if name != "setting"}
+    return {"method": s.method, "atoms": s.atoms, "density": s.density} | rest
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -454,12 +476,12 @@ def main(argv=None):
     rates = tune(study, args)
     counted = [subject for subject in subjects if subject.name not in args.tune_on]
     base, *settings = all_settings(args)
-    jobs = [Job(base, subject, None, 0) for subject in counted]
+    jobs = [Job(base, subject, None, None) for subject in counted]
     jobs += [Job(setting, subject, rates[setting.method], s)
              for s in args.seeds for subject in counted for setting in settings]  # fmt: skip
     study.run(jobs, "customization")
     if parallel.rank() == 0:
-        write_tables(study, rates, args)
+        write_tables(study, jobs, args)
 
 
 if __name__ == "__main__":

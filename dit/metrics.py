@@ -19,6 +19,7 @@ def need_transformers():
         import transformers
     except ImportError:
         raise UserError('CLIP is read by transformers, which is not installed: pip install -e ".[eval]"') from None
+    transformers.utils.logging.disable_progress_bar()  # of reading, which takes a moment
     return transformers
 
 

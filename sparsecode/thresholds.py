@@ -19,4 +19,4 @@ def top_k(x, k):
     Exactly k are kept, also among equals. Gradients flow through the kept values.
     """
     index = x.abs().topk(k, dim=-1).indices  # (..., M) -> (..., k)
-    return torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))  # (..., M)
+    return torch.zeros_like(x).scatter_(-1, index, x.gather(-1, index))  # (..., M)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit import subjects
 from dit.scenes import BACKGROUNDS, WORLDS
-from dit.subjects import PICTURES, SUBJECTS, subject_caption, write_subjects
+from dit.subjects import PICTURES, SUBJECTS, draw_parts, sample_creature, subject_caption, write_subjects
 
 SHIPPED = Path(__file__).parent.parent / "lessons/data/subjects"
 EVERY = [(name, i) for name in PICTURES for i in range(5)]
@@ -34,13 +35,26 @@ def place_of(text):
 def test_the_shipped_folder_is_what_the_code_writes(tmp_path):
     write_subjects(tmp_path)
     ours, theirs = ({p.relative_to(f) for p in f.rglob("*.*")} for f in (tmp_path, SHIPPED))
-    assert ours == theirs and len(ours) == 2 * len(EVERY)
+    assert ours == theirs and len(ours) == 2 * len(EVERY) + 1
     for path in ours:
         if path.suffix == ".txt":
             assert (tmp_path / path).read_bytes() == (SHIPPED / path).read_bytes()
         else:
             pixels = (np.asarray(Image.open(folder / path)) for folder in (tmp_path, SHIPPED))
             np.testing.assert_array_equal(*pixels, err_msg=str(path))
+
+
+def test_the_shipped_prompts(tmp_path, monkeypatch):
+    """Every subject has its class, and 25 prompts that are its captions on other backgrounds, at every place."""
+    monkeypatch.setattr(subjects, "PICTURES", {})
+    write_subjects(tmp_path)
+    text = (SHIPPED / "prompts_and_classes.txt").read_bytes()
+    assert (tmp_path / "prompts_and_classes.txt").read_bytes() == text
+    lines = text.decode().splitlines()
+    assert all(f"{name},{name}" in lines for name in PICTURES)
+    prompts = {line.split("'")[1].format("", "robot").replace("  ", " ") for line in lines if ".format(" in line}
+    places, backgrounds = WORLDS["small"].places, ("red", "green", "blue", "yellow", "purple")
+    assert prompts == {subject_caption("robot", colour, place) for colour in backgrounds for place in places}
 
 
 @pytest.mark.parametrize("name, i", EVERY)
@@ -90,3 +104,19 @@ def test_subjects_are_not_objects_of_the_scenes():
 def test_captions_by_hand():
     assert subject_caption("robot", "blue", "top left") == "a robot at the top left on a blue background"
     assert subject_caption("owl", "orange", "centre") == "an owl in the middle on an orange background"
+
+
+def test_creatures():
+    """The same from the same seed, another from another; inside their square, in colours that are colours."""
+    drawn = []
+    for seed in range(40):
+        parts, again = (sample_creature(np.random.default_rng(seed)) for _ in range(2))
+        first, second = (draw_parts(p, "white", "centre", 0.3, 64).tobytes() for p in (parts, again))
+        assert first == second
+        drawn.append(first)
+        points = np.concatenate([polygon for polygons, _ in parts for polygon in polygons])
+        assert np.abs(points).max() < 1.2
+        assert np.ptp(np.concatenate(parts[0][0]), axis=0).min() > 1  # the body is large
+        rgbs = [rgb for _, rgb in parts]
+        assert len(set(rgbs)) == 5 and all(type(c) is int and 0 <= c <= 255 for rgb in rgbs for c in rgb)
+    assert len(set(drawn)) == 40

@@ -104,6 +104,6 @@ class OFT(nn.Module):
         return torch.linalg.solve(eye + q, eye - q)  # (blocks, b, b); the two factors commute
 
     def forward(self, x, linear):
-        x_blocks = x.unflatten(-1, (self.blocks, 1, -1))  # (..., C_i) -> (..., blocks, 1, b)
-        rotated = x_blocks @ self.rotation().to(x.dtype)  # (..., blocks, 1, b) x (blocks, b, b)
-        return linear(rotated.flatten(-3))  # (..., blocks, 1, b) -> (..., C_i) -> (..., C_o)
+        x_blocks = x.unflatten(-1, (self.blocks, -1))  # (..., C_i) -> (..., blocks, b)
+        rotated = torch.einsum("...kb,kbc->...kc", x_blocks, self.rotation().to(x.dtype))  # (..., blocks, b)
+        return linear(rotated.flatten(-2))  # (..., blocks, b) -> (..., C_i) -> (..., C_o)

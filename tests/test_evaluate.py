@@ -322,6 +322,12 @@ def finished(options, tmp_path_factory):
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    for name in ("plot_methods", "plot_sweep", "draw_table"):
+        monkeypatch.setattr(evaluate, name, lambda *_: None)
+
+
+@pytest.fixture
 def copied(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "out")
 
@@ -403,7 +409,7 @@ def test_adapters_differ_by_what_their_names_say(finished):
     assert len(contents) == len(files) == 16
 
 
-def test_a_second_call_does_nothing_again(options, copied, capsys, monkeypatch):
+def test_a_second_call_does_nothing_again(options, copied, capsys, monkeypatch, no_plots):
     monkeypatch.setattr(evaluate, "teach", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(Study, "draw", lambda *_: pytest.fail("drawn again"))
     before = {name: (copied / name).read_bytes() for name in ("table.md", "table.csv", "results.csv")}
@@ -414,7 +420,7 @@ def test_a_second_call_does_nothing_again(options, copied, capsys, monkeypatch):
     assert capsys.readouterr().out.encode() == before["table.md"]
 
 
-def test_a_killed_study_goes_on(options, finished, copied, monkeypatch):
+def test_a_killed_study_goes_on(options, finished, copied, monkeypatch, no_plots):
     """Of what is lost only that is done again, and a training whose adapter is there is not."""
     monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained again"))
     for name in ("owl-base", "blob-sparse-8-0.25-lr0.01-seed3"):
@@ -427,7 +433,7 @@ def test_a_killed_study_goes_on(options, finished, copied, monkeypatch):
         assert (copied / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_more_settings_are_added(options, copied, monkeypatch):
+def test_more_settings_are_added(options, copied, monkeypatch, no_plots):
     """Fewer seeds and another method: what is there serves, and only what is new is trained."""
     trained, real = [], evaluate.teach
     monkeypatch.setattr(evaluate, "teach", lambda *a, **k: trained.append((k["method"], k["seed"])) or real(*a, **k))
@@ -465,7 +471,7 @@ def test_the_quick_study_is_small_and_keeps_the_held_out_subjects(options, monke
         assert all(len(subject.prompts) == len(subject.texts) == 2 for subject in seen)
 
 
-def test_a_real_divergence(options, tmp_path, capsys, finished, monkeypatch):
+def test_a_real_divergence(options, finished, tmp_path, capsys, monkeypatch, no_plots):
     """While tuning it costs that learning rate alone, and leaves no trace; afterwards it ends the study."""
     methods = ["--methods", "lora", "--seeds", 0]
     call(options, *methods, "--lrs", 1e30, 0.01, "--tune-on", "puss", "--out", tmp_path / "out")
@@ -482,8 +488,8 @@ def test_a_real_divergence(options, tmp_path, capsys, finished, monkeypatch):
     assert not list((tmp_path / "other" / "results").glob("*lora*"))
 
 
-def test_a_study_that_diverged_is_not_tried_again(tmp_path, monkeypatch):
-    """A learning rate that was found to diverge is known to."""
+def test_a_learning_rate_that_diverged_is_not_tried_again(tmp_path, monkeypatch):
+    """While tuning, that is; chosen by the user it ends the study."""
     model = torch.nn.Identity()
     job = Job(Setting("lora"), plain_subject("a"), 0.5, 0)
     args = Namespace(out=tmp_path, epochs=1, gradient_checkpointing=False)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_metrics import write_clip
 from vendi_score import vendi
 
-from dit import evaluate, finetune
+from dit import evaluate, finetune, parallel
 from dit.evaluate import Job, Setting, Study, Subject, all_settings, read_prompts, read_subjects, sentence
 from dit.finetune import Diverged
 from dit.metrics import CLIP
@@ -269,6 +269,36 @@ def test_scores_of_a_job(folder):
                       "fidelity": pytest.approx(5 / 12)}  # fmt: skip
     study.dino = dino
     assert study.score(subject, pictures) == scores | {"diversity": diversity(4, 2)}
+
+
+def test_every_job_draws_from_the_same_noise():
+    """Pictures of one prompt side by side, each from a seed of its own."""
+
+    class Pipe:
+        def noise(self, seeds):
+            return list(seeds)
+
+        def generate(self, prompts, *, latents, steps, guidance):
+            return list(zip(prompts, latents)), steps, guidance
+
+    study = Study(Pipe(), None, None, [], Namespace(pictures=2, steps=9, guidance=1.5, out=Path()))
+    assert study.draw(["a", "b"]) == ([("a", 0), ("a", 1), ("b", 2), ("b", 3)], 9, 1.5)
+
+
+def test_processes_share_the_jobs(tmp_path, monkeypatch):
+    """What is not done yet, each job once."""
+    done = {0: [], 1: []}
+    monkeypatch.setattr(parallel, "wait", lambda: None)
+    monkeypatch.setattr(Study, "do", lambda self, job, may_diverge: done[rank].append(job))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    study = Study(None, None, None, [], Namespace(out=tmp_path))
+    jobs = [Job(Setting("lora"), plain_subject("a"), 0.5, seed) for seed in range(6)]
+    study.folder.mkdir()
+    (study.folder / f"{jobs[2].name}.json").touch()
+    for rank in done:
+        monkeypatch.setenv("RANK", str(rank))
+        study.run(jobs, "customization")
+    assert [job.seed for job in done[0]] == [0, 3, 5] and [job.seed for job in done[1]] == [1, 4]
 
 
 def test_compare_is_paired():

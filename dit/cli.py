@@ -74,7 +74,7 @@ def run(main):
         main()
         parallel.stop()
     except (UserError, OSError, SafetensorError) as error:
-        if parallel.rank() == 0:
+        if parallel.rank() == 0 or getattr(error, "alone", False):
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

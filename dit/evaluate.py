@@ -160,13 +160,15 @@ def all_settings(args):
 
 def tune(study, args):
     """The learning rate of each method: {method: lr}, tried at its first setting on the subjects of --tune-on."""
-    firsts = {setting.method: setting for setting in reversed(all_settings(args)) if setting.method != "base"}
+    firsts = {}
+    for setting in all_settings(args)[1:]:
+        firsts.setdefault(setting.method, setting)
     if len(args.lrs) == 1:
         return dict.fromkeys(firsts, args.lrs[0])
     held_out = [subject for subject in study.subjects if subject.name in args.tune_on]
     tries = {(method, lr): [Job(setting, subject, lr, args.seeds[0]) for subject in held_out]
              for method, setting in firsts.items() for lr in args.lrs}  # fmt: skip
-    study.run([job for jobs in tries.values() for job in jobs], "tuning")
+    study.run([job for jobs in tries.values() for job in jobs], "tuning", may_diverge=True)
     scores = {key: statistics.mean(map(study.worth, jobs)) for key, jobs in tries.items()}
     rates = {method: max(args.lrs, key=lambda lr: scores[method, lr]) for method in firsts}
     if parallel.rank() == 0:
@@ -191,15 +193,20 @@ class Study:
         record = self.record(job)
         return -math.inf if record["alignment"] is None else record["alignment"] + record["fidelity"]
 
-    def run(self, jobs, title):
+    def is_done(self, job, may_diverge):
+        return (self.folder / f"{job.name}.json").exists() and (
+            may_diverge or self.record(job)["alignment"] is not None
+        )
+
+    def run(self, jobs, title, may_diverge=False):
         """Do those that are not done, every process its share."""
-        todo = [job for job in jobs if not (self.folder / f"{job.name}.json").exists()]
+        todo = [job for job in jobs if not self.is_done(job, may_diverge)]
         parallel.wait()  # until all have looked, since the first to begin will soon be done with one
         share = todo[parallel.rank() :: parallel.world_size()]
         bar = tqdm(share, title, disable=parallel.bar_off())
         with parallel.alone():
             for job in bar:
-                self.do(job, may_diverge=title == "tuning")
+                self.do(job, may_diverge)
         parallel.wait()
 
     def do(self, job, may_diverge):
@@ -361,7 +368,7 @@ def picture_rows(study, jobs):
 
 
 def spread(items):
-    """Up to SHOWN of them, from the first to the last."""
+    """Up to SHOWN of them, evenly from all."""
     return items[:: math.ceil(len(items) / SHOWN)]
 
 
@@ -445,29 +452,37 @@ def check_out(args):
     names = ("weights", "subjects", "epochs", "pictures", "steps", "guidance", "clip", "dino", "quick")
     now = {name: str(getattr(args, name)) for name in names}
     file = args.out / "settings.json"
-    if file.exists():
-        then = json.loads(file.read_text())
-        for name, value in now.items():
-            if then[name] != value:
-                raise UserError(f"{args.out} holds results with --{name} {then[name]}, not {value}; use another --out")
-    elif args.out.exists() and any(args.out.iterdir()):
+    then = read_settings(file) if args.out.exists() and any(args.out.iterdir()) else now
+    if then.keys() != now.keys():
         raise UserError(f"{args.out} holds other files; name a new or empty folder with --out")
-    elif parallel.rank() == 0:
+    for name, value in now.items():
+        if then[name] != value:
+            raise UserError(f"{args.out} holds results with --{name} {then[name]}, not {value}; use another --out")
+    parallel.wait()  # until all have looked
+    if parallel.rank() == 0:
         with replacing(file) as temporary:
             temporary.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def read_settings(file):
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def main(argv=None):
     args = parse(argv)
     subjects = read_subjects(args.subjects)
-    clip = CLIP(args.clip, args.device or "cpu")
-    dino = DINOv2(args.dino, args.device or "cpu") if args.dino else None
-    if args.quick:
-        subjects = subjects[: 2 + len(args.tune_on)]
-        for subject in subjects:
-            subject.prompts, subject.texts = subject.prompts[:2], subject.texts[:2]
     parallel.start()
     pipe = load_pipeline(args)
+    clip = CLIP(args.clip, pipe.device)
+    dino = DINOv2(args.dino, pipe.device) if args.dino else None
+    if args.quick:
+        counted = [subject.name for subject in subjects if subject.name not in args.tune_on]
+        subjects = [subject for subject in subjects if subject.name in counted[:2] + args.tune_on]
+        for subject in subjects:
+            subject.prompts, subject.texts = subject.prompts[:2], subject.texts[:2]
     check(args, subjects, pipe)
     check_out(args)
     parallel.wait()

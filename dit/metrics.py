@@ -19,7 +19,8 @@ def need_transformers():
         import transformers
     except ImportError:
         raise UserError('CLIP is read by transformers, which is not installed: pip install -e ".[eval]"') from None
-    transformers.utils.logging.disable_progress_bar()  # of reading, which takes a moment
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
@@ -32,8 +33,10 @@ class CLIP:
     def __init__(self, folder, device="cpu"):
         library = need_transformers()
         self.device = device
-        self.model = _load(library.CLIPModel, folder).to(device).eval()
+        self.model = _load_model(library.CLIPModel, folder).to(device).eval()
         self.tokenizer = _load(library.CLIPTokenizer, folder)
+        if len(self.tokenizer) != self.model.config.text_config.vocab_size:  # transformers makes up what it lacks
+            raise UserError(f"{folder} has no tokenizer of the {self.model.config.text_config.vocab_size} tokens")
         self.preprocessor = _load(library.AutoImageProcessor, folder)
 
     @torch.no_grad()
@@ -61,7 +64,7 @@ class DINOv2:
     def __init__(self, folder, device="cpu"):
         library = need_transformers()
         self.device = device
-        self.model = _load(library.Dinov2Model, folder).to(device).eval()
+        self.model = _load_model(library.Dinov2Model, folder).to(device).eval()
         self.preprocessor = _load(library.AutoImageProcessor, folder)
 
     @torch.no_grad()
@@ -73,11 +76,18 @@ class DINOv2:
         return F.normalize(self.model(pixels).pooler_output.float(), dim=-1).cpu()  # (n, C): the class token
 
 
-def _load(kind, folder):
+def _load_model(kind, folder):
+    model, info = _load(kind, folder, output_loading_info=True)
+    if info["missing_keys"]:  # transformers would leave random numbers there
+        raise UserError(f"{folder} holds no whole {kind.__name__}: {sorted(info['missing_keys'])[0]} is not there")
+    return model
+
+
+def _load(kind, folder, **options):
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder; weights/README.md says what belongs there")
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        return kind.from_pretrained(str(folder), local_files_only=True, **options)
     except Exception as error:  # transformers raises whatever a file makes it
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} cannot be read as a {kind.__name__} ({reason})") from None

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,8 @@ def start():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        patience = timedelta(days=7)  # where processes work alone, one may wait for another's last job
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
 
 
 def stop():
@@ -31,6 +33,9 @@ def alone():
     _alone = True
     try:
         yield
+    except Exception as error:
+        error.alone = True  # the others will not report it
+        raise
     finally:
         _alone = False
 

@@ -432,7 +432,7 @@ def parse(argv=None):
     add("--vae-pictures", type=whole, default=12000)
     add("--text-steps", type=whole, default=1500)
     add("--judge-steps", type=whole, default=1000)
-    add("--clip-steps", type=whole, default=3000)
+    add("--clip-steps", type=whole, default=3500)
     add("--clip-pictures", type=whole, default=16000)
     add("--seed", type=seed, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TEST_TOOLS = {"diffusers", "transformers", "peft", "pytest", "sklearn"}
+TEST_TOOLS = {"diffusers", "transformers", "peft", "pytest", "sklearn", "vendi_score"}
 
 
 def imported(file):

@@ -8,6 +8,7 @@ The order is that of the real model: the text encoder is trained first, on its o
 
 import dataclasses
 import json
+import os
 import string
 from collections import defaultdict
 from pathlib import Path
@@ -473,8 +474,8 @@ def part(folder, load, train):
     return load(folder)
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     need_transformers()
     parallel.start()
     check_folders(args)
@@ -489,11 +490,12 @@ def main():
         save_index(out)
         save_judge(judge, out / "judge", args.world)
         write_json(DEFAULTS, out / "defaults.json")
-    if not (out / "clip" / "config.json").exists():
+    if not (out / "clip").exists():
         clip = train_clip(args, vae, work)
         if parallel.rank() == 0:
-            for saved in clip[::-1]:  # the model's config.json, the last file, says that all are there
-                saved.save_pretrained(out / "clip")
+            for saved in clip:
+                saved.save_pretrained(out / ".clip")
+            os.replace(out / ".clip", out / "clip")  # all of it, or nothing
     part(out / "transformer", load_transformer, lambda: train_transformer(args, vae, tokenizer, encoder, work))
     if parallel.rank() == 0:
         print(f"{out} is complete; see how good it is with: python -m dit.judge --weights {out} --guidance 1.5 2 3 4.5")

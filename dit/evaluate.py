@@ -185,8 +185,11 @@ class Study:
         self.pipe, self.clip, self.dino, self.subjects, self.args = pipe, clip, dino, subjects, args
         self.folder = args.out / "results"
 
+    def file(self, job, suffix="json"):
+        return self.folder / f"{job.name}.{suffix}"
+
     def record(self, job):
-        return json.loads((self.folder / f"{job.name}.json").read_text())
+        return json.loads(self.file(job).read_text())
 
     def worth(self, job):
         """What a learning rate is chosen by. One that diverged is worth nothing."""
@@ -194,9 +197,7 @@ class Study:
         return -math.inf if record["alignment"] is None else record["alignment"] + record["fidelity"]
 
     def is_done(self, job, may_diverge):
-        return (self.folder / f"{job.name}.json").exists() and (
-            may_diverge or self.record(job)["alignment"] is not None
-        )
+        return self.file(job).exists() and (may_diverge or self.record(job)["alignment"] is not None)
 
     def run(self, jobs, title, may_diverge=False):
         """Do those that are not done, every process its share."""
@@ -230,7 +231,7 @@ class Study:
                 raise
             detach(model)
             record |= dict.fromkeys(SCORES)
-        with replacing(self.folder / f"{job.name}.json") as temporary:
+        with replacing(self.file(job)) as temporary:
             temporary.write_text(json.dumps(record) + "\n")
 
     def draw(self, prompts):
@@ -250,7 +251,7 @@ class Study:
     def save_strip(self, job, pictures):
         """One picture for each of some prompts, side by side, for pictures.png."""
         strip = np.concatenate([np.asarray(picture) for picture in spread(pictures[:: self.args.pictures])], axis=1)
-        save_picture(Image.fromarray(strip), self.folder / f"{job.name}.png")
+        save_picture(Image.fromarray(strip), self.file(job, "png"))
 
 
 # ---- tables and plots -------------------------------------------------------------------------------------------
@@ -290,8 +291,8 @@ def to_markdown(rows):
     for row in rows:
         cells = [str(row["setting"]), "" if row["lr"] is None else f"{row['lr']:g}", f"{row['parameters']:,}"]
         for score in SCORES:
-            spread = row[f"{score}_std"]
-            cells.append(f"{row[score]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+            deviation = row[f"{score}_std"]
+            cells.append(f"{row[score]:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}"))
         cells += [f"{value:.3f}" for value in row["setting"].paper or ()] or ["", "", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -319,8 +320,8 @@ def plot_methods(rows, path):
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
     for row in rows:
-        spread = [row[f"{score}_std"] or 0 for score in ("fidelity", "alignment")]
-        point = axes.errorbar(row["fidelity"], row["alignment"], spread[1], spread[0], "o", capsize=2)
+        wide, high = (row[f"{score}_std"] or 0 for score in ("fidelity", "alignment"))
+        point = axes.errorbar(row["fidelity"], row["alignment"], high, wide, "o", capsize=2)
         axes.annotate(str(row["setting"]), (row["fidelity"], row["alignment"]), (5, 4), textcoords="offset points",
                       fontsize=8, color=point[0].get_color())  # fmt: skip
     axes.set(xlabel="fidelity: cosine with the pictures of the subject", ylabel="alignment: cosine with the prompt",
@@ -338,8 +339,8 @@ def plot_sweep(rows, name, path, title):
     x = [getattr(row["setting"], name) for row in rows]
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     for i, (axes, score) in enumerate(zip(figure.subplots(1, 3), SCORES)):
-        y, spread = [row[score] for row in rows], [row[f"{score}_std"] or 0 for row in rows]
-        axes.errorbar(x, y, spread, marker="o", capsize=2)
+        y, deviations = [row[score] for row in rows], [row[f"{score}_std"] or 0 for row in rows]
+        axes.errorbar(x, y, deviations, marker="o", capsize=2)
         axes.set(xscale="log", xlabel={"density": "density ρ", "atoms": "atoms M"}[name], title=score)
         axes.set_xticks(x, [f"{value:g}" for value in x], minor=False)
         axes.minorticks_off()
@@ -361,7 +362,7 @@ def picture_rows(study, jobs):
     originals = [[square(open_picture(file), side)] for file in subject.files]
     rows = [("training pictures (not of these prompts)", dict(zip(prompts, originals)))]
     for job in jobs:
-        strip = open_picture(study.folder / f"{job.name}.png")
+        strip = open_picture(study.file(job, "png"))
         pictures = [[strip.crop((x, 0, x + side, side))] for x in range(0, strip.width, side)]
         rows.append((str(job.setting), dict(zip(prompts, pictures))))
     return rows
@@ -420,7 +421,7 @@ def parse(argv=None):
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     add("--clip", type=Path, help="folder of a CLIP in transformers' layout (the tiny model's own)")
-    add("--dino", type=Path, help="folder of a DINOv2, for diversity (CLIP's pictures vectors)")
+    add("--dino", type=Path, help="folder of a DINOv2, for diversity (CLIP itself)")
     add("--out", type=Path, default=Path("runs/evaluate"))
     add("--quick", action="store_true", help="two subjects, two prompts, one epoch: does it run?")
     args = parser.parse_args(argv)
@@ -490,10 +491,10 @@ def main(argv=None):
     study = Study(pipe, clip, dino, subjects, args)
     rates = tune(study, args)
     counted = [subject for subject in subjects if subject.name not in args.tune_on]
-    base, *settings = all_settings(args)
+    base, *adapted = all_settings(args)
     jobs = [Job(base, subject, None, None) for subject in counted]
     jobs += [Job(setting, subject, rates[setting.method], s)
-             for s in args.seeds for subject in counted for setting in settings]  # fmt: skip
+             for s in args.seeds for subject in counted for setting in adapted]  # fmt: skip
     study.run(jobs, "customization")
     if parallel.rank() == 0:
         write_tables(study, jobs, args)

@@ -315,18 +315,18 @@ def read_results(path):
 
 def plot_methods(rows, path):
     """Alignment against fidelity, a point for each setting; the upper right is best."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for row in rows:
+    for i, row in enumerate(rows):
         wide, high = (row[f"{score}_std"] or 0 for score in ("fidelity", "alignment"))
-        point = axes.errorbar(row["fidelity"], row["alignment"], high, wide, "o", capsize=2)
-        axes.annotate(str(row["setting"]), (row["fidelity"], row["alignment"]), (5, 4), textcoords="offset points",
-                      fontsize=8, color=point[0].get_color())  # fmt: skip
+        look = {"fmt": "o" if row["setting"].method == "sparse" else "s", "color": colormaps["tab20"](i % 20)}
+        axes.errorbar(row["fidelity"], row["alignment"], high, wide, capsize=2, label=row["setting"], **look)
     axes.set(xlabel="fidelity: cosine with the pictures of the subject", ylabel="alignment: cosine with the prompt",
-             title="what is learned of the subject, against what is left of the prompt")  # fmt: skip
-    axes.margins(0.15)
+             title="what is learned of the subject, and what the prompt has to say")  # fmt: skip
+    figure.legend(loc="outside right center", fontsize=8)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)
 
@@ -342,7 +342,7 @@ def plot_sweep(rows, name, path, title):
         y, deviations = [row[score] for row in rows], [row[f"{score}_std"] or 0 for row in rows]
         axes.errorbar(x, y, deviations, marker="o", capsize=2)
         axes.set(xscale="log", xlabel={"density": "density ρ", "atoms": "atoms M"}[name], title=score)
-        axes.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+        axes.set_xticks(x, [f"{value:g}" for value in x], fontsize=8)
         axes.minorticks_off()
         axes.tick_params(axis="y", colors="tab:blue")
         paper = [(value, row["setting"].paper[i]) for value, row in zip(x, rows) if row["setting"].paper]

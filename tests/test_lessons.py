@@ -101,6 +101,18 @@ def check_07(got):
     assert table["sparse", "other", "follows"] > table["LoRA, r 16", "other", "follows"]
 
 
+def check_08(got):
+    assert min(got["found"]) >= 0.95
+    assert got["library"] == pytest.approx(got["by_hand"], abs=1e-3) and 1 < got["library"] < 4 < got["alone"]
+    assert set(got["live"]) == {"base", "lora", "sparse, M 256, ρ 0.02"}
+    assert got["live"]["lora"]["parameters"] == 6 * 4 * 16 * 256
+    rows = {str(row["setting"]): row for row in got["rows"]}
+    assert len(rows) == 12 and all(row["fidelity"] > rows["base"]["fidelity"] + 0.2 for row in got["rows"][1:])
+    verdicts = {key: [len(pairs) for pairs in found.values()] for key, found in got["outcomes"].items()}
+    assert verdicts["Table 2", "fidelity"] == [6, 0, 0] and verdicts["Table 2", "diversity"] == [5, 0, 1]
+    assert verdicts["Table 1", "alignment"][1] == 0 and verdicts["Table 2", "alignment"][1] == 4
+
+
 def check_09(got):
     assert got["mixed"] == [2, -2]
     assert max(got["eq_11"]["sharing no channel"]) < 1e-14 and min(got["eq_11"]["sharing all"][1:]) > 0.1
@@ -122,6 +134,10 @@ CHECKS = {
     "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
     "06_finetune": (check_06, {"06_atoms.png", "06_importance.png", "06_where.png"}),
     "07_editing": (check_07, {"07_editing.png", "07_rank_one.png", "07_where.png", "07_measured.png"}),
+    "08_customization": (
+        check_08,
+        {"08_clip.png", "08_pictures.png", "08_methods.png", "08_density.png", "08_atoms.png"},
+    ),
     "09_influence": (check_09, {"09_expansion.png", "09_first_order.png", "09_depth.png"}),
 }
 

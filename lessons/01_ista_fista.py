@@ -6,7 +6,7 @@ Claim    A signal can be written with few atoms of a large dictionary, and to fi
          Atoms learned from patches of pictures are edges, corners and spots, and a patch needs few of them.
 Paper    X ≈ S D, Eq. 4; min ‖X − S D‖² + λ‖S‖₁, Eq. 5; soft threshold, Eq. 6; ISTA and FISTA, §3.1
 Modules  sparsecode/lasso.py, sparsecode/dictionary.py
-Costs    30 seconds on two CPU cores; 5 with --quick.
+Costs    25 seconds on two CPU cores; 6 with --quick.
 
     python lessons/01_ista_fista.py
 

@@ -7,7 +7,7 @@ Claim    Three quarters of each signal are masked. An attention with sparse coef
          holds, though coefficients get part of the way). Without sparsity, coefficients nearly get there.
 Paper    Σ σ_λ(A X W_s) D, Eq. 8; §3.3 and Appendix C.1; Fig. 2, 8, 9
 Modules  sparsecode/fourier.py, sparsecode/lasso.py
-Costs    60 seconds on two CPU cores; 10 with --quick.
+Costs    50 seconds on two CPU cores; 12 with --quick.
 
     python lessons/03_fourier_toy.py
 """

@@ -4,7 +4,7 @@ Claim    A picture is drawn by asking one network, twenty times, "which part of 
          through cross-attention alone, and one can see which patch of the picture looks at which word.
 Paper    The base model of §4.1, and its attention, Eqs. 1–3. (PixArt-Σ: Chen et al., 2024.)
 Modules  dit/pipeline.py, and what it joins: dit/t5.py, dit/transformer.py, dit/diffusion.py, dit/vae.py
-Costs    15 seconds on two CPU cores; 10 with --quick.
+Costs    6 seconds on two CPU cores, with --quick as well.
 
     python lessons/05_pixart.py
 """

@@ -7,7 +7,7 @@ Claim    The model stays frozen; beside each self-attention a few of M learned a
          every atom has its part of the picture, some the robot and some what is around it.
 Paper    O + ΔO = O + σ_λ(A X W_s) D, Eq. 9 and §3.4; (C_i + C_o)·M parameters, §3.5; Fig. 3 and §4.1
 Modules  sparsecode/adapter.py, sparsecode/atoms.py, dit/finetune.py, dit/atoms.py
-Costs    70 seconds on two CPU cores; 25 with --quick.
+Costs    30 seconds on two CPU cores; 11 with --quick.
 
     python lessons/06_finetune.py
 """

@@ -7,7 +7,7 @@ Claim    The paper: sparse atoms follow an edit and keep the subject better than
          is to move, all obey, but hardly any of it arrives: what was learned belongs to the place it was learned at.
 Paper    §4.2, Fig. 5 and 6 (editing, density); §3.5, Fig. 4 (one atom against LoRA of rank 1); §4.1 (atoms)
 Modules  dit/edit.py, dit/atoms.py, sparsecode/atoms.py
-Costs    90 seconds on two CPU cores; 20 with --quick.
+Costs    50 seconds on two CPU cores; 15 with --quick.
 
     python lessons/07_editing.py
 """

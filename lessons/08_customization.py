@@ -8,7 +8,7 @@ Claim    The paper: sparse atoms follow prompts better than LoRA, DoRA and OFT a
          word that it does not know, a blob, pleases CLIP less than a subject that it has learned.
 Paper    §4.3, Table 1 (methods); §4.4, Fig. 7 (density), Table 2 (number of atoms)
 Modules  dit/metrics.py, dit/evaluate.py
-Costs    55 seconds on two CPU cores; 15 with --quick. Section 4's study, whose results ship, takes 52 minutes.
+Costs    50 seconds on two CPU cores; 14 with --quick. Section 4's study, whose results ship, takes 52 minutes.
 
     pip install -e ".[eval]"
     python lessons/08_customization.py

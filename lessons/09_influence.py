@@ -8,7 +8,7 @@ Claim    To ΔO an atom adds s·d; what follows makes a polynomial of it. The pa
          follows the paper: the last block changes finer things than the others, among which no order by depth shows.
 Paper    Appendix A, Eqs. 10–19
 Modules  sparsecode/influence.py, orthogonality in sparsecode/atoms.py, --orthogonality of dit/finetune.py
-Costs    2.5 minutes on two CPU cores; 20 seconds with --quick.
+Costs    2.5 minutes on two CPU cores; 25 seconds with --quick.
 
     python lessons/09_influence.py
 """

@@ -39,18 +39,16 @@ class CLIP:
             raise UserError(f"{folder} has no tokenizer of the {self.model.config.text_config.vocab_size} tokens")
         self.preprocessor = _load(library.AutoImageProcessor, folder)
 
-    @torch.no_grad()
     def texts(self, texts):
-        return torch.cat([self._texts(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)])
+        return in_batches(self._texts, texts)
 
     def _texts(self, texts):
         inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
         hidden = self.model.text_model(**inputs).pooler_output  # (n, C_text)
         return F.normalize(self.model.text_projection(hidden).float(), dim=-1).cpu()  # (n, C)
 
-    @torch.no_grad()
     def images(self, images):
-        return torch.cat([self._images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+        return in_batches(self._images, images)
 
     def _images(self, images):
         pixels = self.preprocessor(images, return_tensors="pt")["pixel_values"].to(self.device)  # (n, 3, H, W)
@@ -67,13 +65,18 @@ class DINOv2:
         self.model = _load_model(library.Dinov2Model, folder).to(device).eval()
         self.preprocessor = _load(library.AutoImageProcessor, folder)
 
-    @torch.no_grad()
     def images(self, images):
-        return torch.cat([self._images(images[i : i + BATCH]) for i in range(0, len(images), BATCH)])
+        return in_batches(self._images, images)
 
     def _images(self, images):
         pixels = self.preprocessor(images, return_tensors="pt")["pixel_values"].to(self.device)  # (n, 3, H, W)
         return F.normalize(self.model(pixels).pooler_output.float(), dim=-1).cpu()  # (n, C): the class token
+
+
+@torch.no_grad()
+def in_batches(encode, items):
+    """`encode` of a long list, BATCH at a time: (n, C)."""
+    return torch.cat([encode(items[i : i + BATCH]) for i in range(0, len(items), BATCH)])
 
 
 def _load_model(kind, folder):

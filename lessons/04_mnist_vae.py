@@ -5,7 +5,8 @@ Claim    A VAE that has seen only the digits 5 to 9 gives a fifth of noisy 3s ba
          important nearly suffice where σ keeps one for each token; learned without σ, the best 12 flip far fewer.
 Paper    O + ΔO = O + σ_λ(A X W_s) D, Eq. 8 and 9; §3.3, Fig. 1 and Appendix B
 Modules  sparsecode/mnist_vae.py, sparsecode/attach.py, sparsecode/atoms.py
-Costs    75 seconds on two CPU cores; 18 with --quick; 2 minutes more with --retrain.
+Costs    75 seconds on two CPU cores; 18 with --quick; 2 minutes more with --retrain
+         (a quarter of an hour on the 60,000 digits of --data).
 
     python lessons/04_mnist_vae.py
 """

@@ -21,11 +21,11 @@ from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unico
 from dit.data import encode, find_captions, load_images
 from dit.diffusion import sampling_timesteps
 from dit.judge import CLASSES
-from dit.pictures import square, to_pil, to_tensor
+from dit.pictures import save_figure, square, to_pil, to_tensor
 from dit.scenes import BACKGROUNDS, PLACES, WORLDS
 from dit.subjects import PICTURES, draw_subject, subject_caption
 from sparsecode import attach, detach, load_adapter, read_header, save_adapter
-from sparsecode.common import UserError, replacing
+from sparsecode.common import UserError
 
 EPOCHS = 60  # the paper's, on one picture (§4.1); a model's own come from its defaults.json
 METHODS = ("lora", "sparse")
@@ -117,8 +117,7 @@ def draw_table(rows, path, title, dpi=150):
     for axes, prompt, count in zip(table[0], prompts, counts):
         axes.set_title(textwrap.fill(prompt, 13 * count), fontsize=8, loc="left")
     figure.suptitle(textwrap.fill(title, round(11 * width)), fontsize=10)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=dpi)
+    save_figure(figure, path, dpi)
 
 
 def side_by_side(pictures):

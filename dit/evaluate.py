@@ -29,7 +29,7 @@ from dit.diffusion import sampling_timesteps
 from dit.edit import draw_table, settings, teach
 from dit.finetune import Diverged
 from dit.metrics import CLIP, DINOv2, alignment, fidelity, vendi_score
-from dit.pictures import open_picture, save_picture, square
+from dit.pictures import open_picture, save_figure, save_picture, square
 from sparsecode import adapters, attach, detach, load_adapter, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, replacing
@@ -327,8 +327,7 @@ def plot_methods(rows, path):
     axes.set(xlabel="fidelity: cosine with the pictures of the subject", ylabel="alignment: cosine with the prompt",
              title="what is learned of the subject, and what the prompt has to say")  # fmt: skip
     figure.legend(loc="outside right center", fontsize=8)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_sweep(rows, name, path, title):
@@ -351,8 +350,7 @@ def plot_sweep(rows, name, path, title):
             right.plot(*zip(*paper), "s--", color="tab:gray", label="the paper's")
             right.tick_params(axis="y", colors="tab:gray")
     figure.suptitle(title)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def picture_rows(study, jobs):
@@ -390,7 +388,7 @@ def write_tables(study, jobs, args):
         swept = [row for row in sparse if row["setting"].density == args.densities[0]]
         plot_sweep(swept, "atoms", args.out / "atoms.png", f"the number of atoms, ρ = {args.densities[0]:g} (Table 2)")
     first = [job for job in jobs if job.subject is jobs[0].subject and job.seed in (args.seeds[0], None)]
-    shown = list({str(job.setting): job for job in reversed(first)}.values())[::-1]
+    shown = list({job.setting: job for job in first}.values())  # each once, also where --seeds names one twice
     draw_table(picture_rows(study, shown), args.out / "pictures.png", "the same noise, each setting")
     print(text, end="")
 
@@ -486,7 +484,6 @@ def main(argv=None):
             subject.prompts, subject.texts = subject.prompts[:2], subject.texts[:2]
     check(args, subjects, pipe)
     check_out(args)
-    parallel.wait()
     pipe.encode_prompt(["", *(text for s in subjects for text in s.captions + s.prompts)])  # then T5 can go
     study = Study(pipe, clip, dino, subjects, args)
     rates = tune(study, args)

@@ -23,7 +23,7 @@ from dit.came import CAME
 from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, unicode, whole
 from dit.data import encode, find_captions, find_pictures, load_images
 from dit.diffusion import add_noise, noise_error, sampling_timesteps
-from dit.pictures import grid, save_picture, to_pil
+from dit.pictures import grid, save_figure, save_picture, to_pil
 from sparsecode import adapters, attach, detach, orthogonality, record_usage, save_adapter, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, replacing
@@ -191,8 +191,7 @@ def plot_losses(losses, path):
     axes.plot(range(window - 1, len(losses)), smooth, label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="squared error of the noise", title="training loss", yscale="log")
     axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def draw_prompts(pipe, prompts, resolution):

@@ -26,7 +26,7 @@ from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from dit.diffusion import alphas_sigmas, noise_error
 from dit.judge import Judge, labels, save_judge
 from dit.metrics import need_transformers
-from dit.pictures import to_tensor
+from dit.pictures import to_bytes, to_tensor
 from dit.scenes import BACKGROUNDS, COLOURS, PLACES, WORLDS, caption, draw, natural_image, sample_scene
 from dit.subjects import draw_parts, sample_creature, subject_caption
 from dit.t5 import T5Encoder
@@ -102,7 +102,7 @@ def train_vae(args, folder):
     half = args.vae_pictures // 2
     pool = [draw(sample_scene(WORLDS["full"], rng), rng) for _ in tqdm(range(half), desc="scenes", disable=None)]
     pool += [natural_image(rng) for _ in tqdm(range(half), desc="photographs", disable=None)]
-    pool = torch.from_numpy(np.stack([np.asarray(image) for image in pool])).permute(0, 3, 1, 2)  # (n, 3, 64, 64)
+    pool = to_bytes(pool)  # (n, 3, 64, 64)
 
     torch.manual_seed(args.seed)
     config = VAEConfig(block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, sample_size=64,
@@ -358,8 +358,7 @@ def clip_pool(args, vae):
             background, place = str(rng.choice(world.colours)), str(rng.choice(world.places))
             pictures.append(draw_parts(parts, background, place, rng.uniform(0.2, 0.37), 64))
             scenes.append((background, place))
-    images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-    images = images.contiguous()  # (n, 3, 64, 64)
+    images = to_bytes(pictures).contiguous()  # (n, 3, 64, 64)
     for start in tqdm(range(0, len(images), 100), desc="through the autoencoder", disable=None):
         part = images[start : start + 100 : 2].to(args.device).float() / 127.5 - 1
         with torch.no_grad():
@@ -382,7 +381,7 @@ def train_clip(args, vae, folder):
     config = CLIPConfig(text_config=shape | ends | text, vision_config=shape | vision, projection_dim=64)
     torch.manual_seed(args.seed)
     model = CLIPModel(config).to(args.device)
-    table = position_table(128, 8, 8, 8, 1.0)  # (64, 128): CLIP's own start, 50 times smaller, leaves places unseen
+    table = position_table(128, 8, 8, 8, 1.0)  # (64, 128): CLIP's own start, 35 times smaller, leaves places unseen
     model.vision_model.embeddings.position_embedding.weight.data[1:] = table
     images, scenes = clip_pool(args, vae)
     half = len(images) // 2

@@ -50,8 +50,6 @@ RESULTS = DATA / "customization.csv"  # of the full study, whose command is in s
 TABLE_1 = [Setting(method) for method in ("lora", "dora", "oft")]
 TABLE_1 += [Setting("sparse", 256, density) for density in (0.02, 0.04)]
 TABLE_2 = [Setting("sparse", atoms, 0.01) for atoms in (16, 256, 1024, 2048)]
-
-
 EXPECTED = {"base": "0.204, 6.940, 0.180", "lora": "0.229, 4.595, 0.645",
             "sparse, M 256, ρ 0.02": "0.232, 5.190, 0.554"}  # fmt: skip
 
@@ -69,14 +67,14 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
             scenes.append(scene)
     pictures = [draw(scene, rng) for scene in scenes]
     captions = [caption(scene, rng, say_place=True) for scene in scenes]
-    cosines = clip.images(pictures) @ clip.texts(captions).T  # (100, 100)
+    vectors = clip.images(pictures)  # (100, C)
+    cosines = vectors @ clip.texts(captions).T  # (100, 100)
     found = [(cosines.argmax(axis) == torch.arange(100)).float().mean().item() for axis in (1, 0)]
     shares = f"pictures find their caption in {found[0]:.0%}, captions their picture in {found[1]:.0%}"
     print(f"{shares} (expect 98 %, 97 %)")
 
     # %% 2. The Vendi score counts pictures that differ: exp of the entropy of the eigenvalues of their cosines / n.
     # Four scenes that are partly alike count for less than four. The paper takes DINOv2's cosines, here they are CLIP's
-    vectors = clip.images(pictures)  # (100, C)
     four = vectors[:4].repeat(25, 1)  # (100, C)
     p = np.linalg.eigvalsh((four @ four.T).double().numpy() / 100).clip(1e-15)
     by_hand, library = np.exp(-(p * np.log(p)).sum()), vendi_score(four)

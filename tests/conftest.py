@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from tiny_pipeline import write_pipeline
 
@@ -6,3 +8,19 @@ from tiny_pipeline import write_pipeline
 def tiny(tmp_path_factory):
     """The folder of a complete pipeline with random weights, for pictures of 16×16."""
     return write_pipeline(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture
+def mistake(capsys, monkeypatch):
+    """mistake(command, *arguments): the one line that a command, a module, says about a mistake, as a user sees it."""
+
+    def line(command, *arguments):
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            command.run(command.main)
+        printed = capsys.readouterr()
+        assert exit.value.code == 2 and printed.out == ""
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    return line

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -176,14 +175,9 @@ def files(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_mistakes(tiny, adapter, files, tmp_path, monkeypatch, capsys, arguments):
+def test_mistakes(tiny, adapter, files, tmp_path, monkeypatch, arguments, mistake):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("work was done"))
     words = [word.format(**files) for word in arguments.split()]
-    line = ["dit.atoms", "--weights", tiny, "--device", "cpu", "--adapter", adapter, *words]
-    monkeypatch.setattr(sys, "argv", [*map(str, line)])
-    with pytest.raises(SystemExit) as exit:
-        atoms.run(atoms.main)
-    printed = capsys.readouterr()
-    assert exit.value.code == 2 and printed.out == "" and list(tmp_path.iterdir()) == []
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and MISTAKES[arguments] in printed.err
+    assert MISTAKES[arguments] in mistake(atoms, "--weights", tiny, "--device", "cpu", "--adapter", adapter, *words)
+    assert list(tmp_path.iterdir()) == []

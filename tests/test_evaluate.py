@@ -501,7 +501,7 @@ def test_the_quick_study_is_small_and_keeps_the_held_out_subjects(options, monke
         assert all(len(subject.prompts) == len(subject.texts) == 2 for subject in seen)
 
 
-def test_a_real_divergence(options, finished, tmp_path, capsys, monkeypatch, no_plots):
+def test_a_real_divergence(options, finished, tmp_path, capsys, no_plots, mistake):
     """While tuning it costs that learning rate alone, and leaves no trace; afterwards it ends the study."""
     methods = ["--methods", "lora", "--seeds", 0]
     call(options, *methods, "--lrs", 1e30, 0.01, "--tune-on", "puss", "--out", tmp_path / "out")
@@ -512,7 +512,7 @@ def test_a_real_divergence(options, finished, tmp_path, capsys, monkeypatch, no_
     theirs = [row for row in read_csv(finished / "results.csv") if row in ours]
     assert ours == theirs and len(ours) == 4 and "puss" not in {row["subject"] for row in ours}
 
-    line = mistake(options, capsys, monkeypatch, *methods, "--lrs", 1e30, "--out", tmp_path / "other")
+    line = mistake(evaluate, *options, *methods, "--lrs", 1e30, "--out", tmp_path / "other")
     assert "the loss became" in line
     assert not (tmp_path / "other" / "table.md").exists()
     assert not list((tmp_path / "other" / "results").glob("*lora*"))
@@ -555,17 +555,6 @@ def test_two_processes_give_the_same(options, finished, tmp_path):
 
 
 # ---- mistakes ---------------------------------------------------------------------------------------------------
-
-
-def mistake(options, capsys, monkeypatch, *more):
-    """What the command says about a mistake, as a user sees it."""
-    monkeypatch.setattr(sys, "argv", ["dit.evaluate", *map(str, options), *map(str, more)])
-    with pytest.raises(SystemExit) as exit:
-        evaluate.run(evaluate.main)
-    printed = capsys.readouterr()
-    assert exit.value.code == 2 and printed.out == ""
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    return printed.err
 
 
 # Arguments (after good ones, which they override) and words of the line that they must give.
@@ -624,12 +613,12 @@ def bad(folder, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_mistakes(options, bad, capsys, monkeypatch, arguments):
+def test_mistakes(options, bad, monkeypatch, arguments, mistake):
     monkeypatch.chdir(bad)
     monkeypatch.setattr(evaluate, "teach", lambda *_, **__: pytest.fail("work was done"))
     monkeypatch.setattr(Study, "draw", lambda *_: pytest.fail("work was done"))
     before = sorted(bad.rglob("*"))
     whole = [word for word in options if word != "--quick"]
     more = [word.format(tmp=bad) for word in arguments.split()]
-    assert MISTAKES[arguments] in mistake(whole, capsys, monkeypatch, "--out", bad / "run", *more)
+    assert MISTAKES[arguments] in mistake(evaluate, *whole, "--out", bad / "run", *more)
     assert sorted(bad.rglob("*")) == before

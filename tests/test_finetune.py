@@ -349,24 +349,13 @@ def bad_pictures(tmp_path):
     return folder
 
 
-def mistake(options, capsys, monkeypatch, *more):
-    """What the command says about a mistake, as a user sees it."""
-    monkeypatch.setattr(sys, "argv", ["dit.finetune", *map(str, options), *map(str, more)])
-    with pytest.raises(SystemExit) as exit:
-        finetune.run(finetune.main)
-    printed = capsys.readouterr()
-    assert exit.value.code == 2 and printed.out == ""
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    return printed.err
-
-
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_mistakes(options, bad_pictures, tmp_path, capsys, monkeypatch, arguments):
+def test_mistakes(options, bad_pictures, tmp_path, monkeypatch, arguments, mistake):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path if arguments in ("--images {tmp}", "--weights {tmp}") else bad_pictures
     more = [word.format(tmp=folder) for word in arguments.split()]
     before = sorted(tmp_path.rglob("*"))
-    assert MISTAKES[arguments] in mistake(options, capsys, monkeypatch, "--out", tmp_path / "run", *more)
+    assert MISTAKES[arguments] in mistake(finetune, *options, "--out", tmp_path / "run", *more)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -379,22 +368,22 @@ def test_a_mistake_in_the_real_command(options, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_out_that_is_not_free(options, tmp_path, capsys, monkeypatch):
+def test_an_out_that_is_not_free(options, tmp_path, mistake):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("mine")
-    assert "no folder" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "file")
-    assert "no folder" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "file" / "run")
-    assert "thesis.doc" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "full")
-    assert "thesis.doc" in mistake(options, capsys, monkeypatch, "--out", tmp_path / "full", "--resume")
+    assert "no folder" in mistake(finetune, *options, "--out", tmp_path / "file")
+    assert "no folder" in mistake(finetune, *options, "--out", tmp_path / "file" / "run")
+    assert "thesis.doc" in mistake(finetune, *options, "--out", tmp_path / "full")
+    assert "thesis.doc" in mistake(finetune, *options, "--out", tmp_path / "full", "--resume")
     assert sorted(os.listdir(tmp_path)) == ["file", "full"] and os.listdir(tmp_path / "full") == ["thesis.doc"]
 
 
-def test_a_full_disk(options, tmp_path, capsys, monkeypatch, quick):
+def test_a_full_disk(options, tmp_path, quick, mistake):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # no file may grow above 4 kB
     try:
-        mistake(options, capsys, monkeypatch, "--out", tmp_path / "run")
+        mistake(finetune, *options, "--out", tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path / "run") == []

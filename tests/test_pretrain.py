@@ -1,7 +1,5 @@
 """The training of the tiny model, a few steps of every stage, interrupted and resumed."""
 
-import sys
-
 import pytest
 import torch
 from PIL import Image
@@ -20,17 +18,7 @@ def options(tmp_path):
     return [*SIZES, *steps, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
 
 
-def mistake(options, capsys, monkeypatch, *more):
-    """What the command says about a mistake, as a user sees it."""
-    monkeypatch.setattr(sys, "argv", ["dit.pretrain", *options, *more])
-    with pytest.raises(SystemExit) as exit:
-        pretrain.run(pretrain.main)
-    printed = capsys.readouterr()
-    assert exit.value.code == 2 and printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    return printed.err
-
-
-def test_every_stage_ends_in_a_pipeline_that_draws(options, tmp_path, capsys, monkeypatch):
+def test_every_stage_ends_in_a_pipeline_that_draws(options, tmp_path, capsys, mistake):
     pretrain.main(options)
     pipe = Pipeline.from_folder(tmp_path / "out", torch.float32, "cpu")
     assert pipe.generate(["a red star"], steps=2)[0].size == (64, 64)
@@ -38,16 +26,16 @@ def test_every_stage_ends_in_a_pipeline_that_draws(options, tmp_path, capsys, mo
     clip, star = CLIP(tmp_path / "out" / "clip"), Image.new("RGB", (80, 64), "red")
     assert clip.texts(["a red star", "a"]).shape == clip.images([star, star]).shape == (2, 64)
     capsys.readouterr()
-    assert "--resume" in mistake(options, capsys, monkeypatch)
+    assert "--resume" in mistake(pretrain, *options)
     before = (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "out" / "transformer" / "config.json").unlink()  # as if killed before the last part was saved
-    other = mistake(options, capsys, monkeypatch, "--resume", "--width", "64")
+    other = mistake(pretrain, *options, "--resume", "--width", "64")
     assert "--width 32, not 64" in other
     pretrain.main([*options, "--resume"])
     assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("wrong", [("--width", "30"), ("--steps", "0"), ("--world", "round"), ("--lr", "-1")])
-def test_a_wrong_option_is_refused_in_one_line(options, tmp_path, capsys, monkeypatch, wrong):
-    assert wrong[0] in mistake(options, capsys, monkeypatch, *wrong)
+def test_a_wrong_option_is_refused_in_one_line(options, tmp_path, wrong, mistake):
+    assert wrong[0] in mistake(pretrain, *options, *wrong)
     assert not list(tmp_path.iterdir())

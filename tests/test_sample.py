@@ -1,7 +1,5 @@
 """The command that draws: rows for prompts, densities and numbers of atoms; no atoms draw the base model's pictures."""
 
-import sys
-
 import pytest
 import torch
 from PIL import Image
@@ -117,16 +115,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_mistakes(tiny, adapter, tmp_path, monkeypatch, capsys, arguments):
+def test_mistakes(tiny, adapter, tmp_path, monkeypatch, arguments, mistake):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("work was done"))
     words = [word.format(adapter=adapter) for word in arguments.split()]
-    monkeypatch.setattr(sys, "argv", ["dit.sample", "--weights", str(tiny), "--device", "cpu", *words])
-    with pytest.raises(SystemExit) as exit:
-        sample.run(sample.main)
-    printed = capsys.readouterr()
-    assert exit.value.code == 2 and printed.out == "" and list(tmp_path.iterdir()) == []
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and MISTAKES[arguments] in printed.err
+    assert MISTAKES[arguments] in mistake(sample, "--weights", tiny, "--device", "cpu", *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_of_another_base_model(adapter, tmp_path):

@@ -20,10 +20,10 @@ from dit import finetune, sample
 from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
 from dit.data import encode, find_captions, load_images
 from dit.diffusion import sampling_timesteps
-from dit.judge import CLASSES
 from dit.pictures import save_figure, square, to_pil, to_tensor
-from dit.scenes import BACKGROUNDS, PLACES, WORLDS
-from dit.subjects import PICTURES, draw_subject, subject_caption
+from dit.tiny.judge import CLASSES
+from dit.tiny.scenes import BACKGROUNDS, PLACES, WORLDS
+from dit.tiny.subjects import PICTURES, draw_subject, subject_caption
 from sparsecode import attach, detach, load_adapter, read_header, save_adapter
 from sparsecode.common import UserError
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize, pad
 
-from dit.scenes import natural_image
+from dit.tiny.scenes import natural_image
 from sparsecode import fista, ista, lasso_objective, learn_dictionary, optimality_gap, soft_threshold
 
 FIGURES = Path(__file__).parent / "figures"

@@ -18,7 +18,7 @@ import torch
 from dit.diffusion import alphas_sigmas, noise_error, sampling_timesteps
 from dit.pictures import to_pil, to_tensor
 from dit.pipeline import Pipeline, pad_rows
-from dit.scenes import Scene, Thing, draw
+from dit.tiny.scenes import Scene, Thing, draw
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FIGURES = Path(__file__).parent / "figures"

@@ -23,9 +23,9 @@ import numpy as np
 
 from dit.atoms import overlay, watch
 from dit.edit import Subject, draw, draw_table, follows, teach
-from dit.judge import load_judge
 from dit.pictures import to_pil, to_tensor
 from dit.pipeline import Pipeline
+from dit.tiny.judge import load_judge
 from sparsecode import adapters, detach, load_adapter, top_atoms
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"

@@ -41,7 +41,7 @@ from dit.evaluate import (
 )
 from dit.metrics import CLIP, vendi_score
 from dit.pipeline import Pipeline
-from dit.scenes import WORLDS, caption, draw, sample_scene
+from dit.tiny.scenes import WORLDS, caption, draw, sample_scene
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FIGURES = Path(__file__).parent / "figures"

@@ -28,7 +28,7 @@ def test_sparsecode_knows_nothing_of_pictures(file):
     assert not set(imported(file)) & ({"dit", "PIL", "matplotlib"} | TEST_TOOLS)
 
 
-@pytest.mark.parametrize("file", sorted(ROOT.glob("dit/*.py")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("dit/**/*.py")), ids=lambda f: f.name)
 def test_dit_needs_no_reference_library(file):
     """CLIP alone, which measures and is no part of the model, is transformers'."""
     allowed = {"transformers"} if file.name in ("metrics.py", "pretrain.py") else set()
@@ -37,5 +37,5 @@ def test_dit_needs_no_reference_library(file):
 
 def test_only_checkpoint_opens_weights_of_models():
     """The judge, of our own making, and training checkpoints are no released weights."""
-    readers = {f.name for f in ROOT.glob("dit/*.py") if {"safe_open", "load_file"} & set(names(f))}
+    readers = {f.name for f in ROOT.glob("dit/**/*.py") if {"safe_open", "load_file"} & set(names(f))}
     assert readers == {"checkpoint.py", "judge.py"}

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from dit import edit, finetune, sample
 from dit.cli import TINY
 from dit.edit import Subject
-from dit.judge import load_judge
 from dit.pipeline import Pipeline
-from dit.scenes import PLACES
-from dit.subjects import PICTURES
+from dit.tiny.judge import load_judge
+from dit.tiny.scenes import PLACES
+from dit.tiny.subjects import PICTURES
 from sparsecode import adapters
 from sparsecode.attach import read_header
 from sparsecode.common import UserError

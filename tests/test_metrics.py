@@ -14,7 +14,7 @@ from vendi_score import vendi
 from dit import metrics
 from dit.cli import TINY
 from dit.metrics import CLIP, DINOv2, alignment, fidelity, vendi_score
-from dit.scenes import WORLDS, caption, draw, sample_scene
+from dit.tiny.scenes import WORLDS, caption, draw, sample_scene
 from sparsecode.common import UserError
 
 TEXTS = ["a red star", "owl", "", "a red star on the left of a blue robot", "star " * 40]

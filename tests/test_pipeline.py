@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dit.judge import CLASSES, Judge, captions_to_judge, load_judge, right, score
-from dit.judge import main as judge_command
 from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
-from dit.scenes import WORLDS, draw, natural_image
+from dit.tiny.judge import CLASSES, Judge, captions_to_judge, load_judge, right, score
+from dit.tiny.judge import main as judge_command
+from dit.tiny.scenes import WORLDS, draw, natural_image
 from sparsecode import attach, save_adapter
 from sparsecode.common import UserError
 

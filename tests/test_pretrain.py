@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dit import pretrain
 from dit.metrics import CLIP
 from dit.pipeline import Pipeline
+from dit.tiny import pretrain
 
 SIZES = "--pictures 100 --width 32 --layers 1 --batch-size 4 --vae-pictures 40 --clip-pictures 100 --device cpu".split()
 STEPS = ["--steps", "--vae-steps", "--text-steps", "--judge-steps", "--clip-steps"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dit.scenes import (
+from dit.tiny.scenes import (
     BACKGROUNDS,
     COLOURS,
     PLACES,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit import subjects
-from dit.scenes import BACKGROUNDS, WORLDS
-from dit.subjects import PICTURES, SUBJECTS, draw_parts, sample_creature, subject_caption, write_subjects
+from dit.tiny import subjects
+from dit.tiny.scenes import BACKGROUNDS, WORLDS
+from dit.tiny.subjects import PICTURES, SUBJECTS, draw_parts, sample_creature, subject_caption, write_subjects
 
 SHIPPED = Path(__file__).parent.parent / "lessons/data/subjects"
 EVERY = [(name, i) for name in PICTURES for i in range(5)]

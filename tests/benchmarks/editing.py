@@ -15,11 +15,11 @@ import torch
 
 from dit.cli import TINY
 from dit.edit import Subject, draw, follows, teach
-from dit.judge import captions_to_judge, load_judge, right
 from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
-from dit.scenes import BACKGROUNDS, WORLDS
-from dit.subjects import SUBJECTS
+from dit.tiny.judge import captions_to_judge, load_judge, right
+from dit.tiny.scenes import BACKGROUNDS, WORLDS
+from dit.tiny.subjects import SUBJECTS
 from sparsecode.common import replacing
 
 FOLDER = Path(__file__).parent.parent.parent / "lessons" / "data" / "subjects"

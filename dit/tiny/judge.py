@@ -1,7 +1,7 @@
 """Does a picture show what its caption says? A small classifier of scenes, trained on fresh renderings, judges.
 
-    python -m dit.judge                                  the tiny model, on seen and withheld combinations
-    python -m dit.judge --adapter runs/robot/adapter.safetensors
+    python -m dit.tiny.judge                                  the tiny model, on seen and withheld combinations
+    python -m dit.tiny.judge --adapter runs/robot/adapter.safetensors
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import nn
 from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_picture, to_tensor
-from dit.scenes import BACKGROUNDS, COLOURS, PLACES, WORLDS, caption, sample_scene
+from dit.tiny.scenes import BACKGROUNDS, COLOURS, PLACES, WORLDS, caption, sample_scene
 from sparsecode import load_adapter
 from sparsecode.common import UserError, replacing
 
@@ -91,14 +91,14 @@ def load_judge(folder):
     """The judge that ships with a tiny pipeline, and the name of its world."""
     folder = Path(folder)
     if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} has no judge; only the tiny model that dit.pretrain makes has one")
+        raise UserError(f"{folder} has no judge; only the tiny model that dit.tiny.pretrain makes has one")
     judge = Judge()
     judge.load_state_dict(load_file(folder / "model.safetensors"))
     return judge.eval(), json.loads((folder / "config.json").read_text())["world"]
 
 
 def main(argv=None):
-    parser = Parser(prog="python -m dit.judge", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dit.tiny.judge", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="judge the model with this adapter")
     parser.add_argument("--pictures", type=whole, default=400, help="of seen, and of withheld combinations")

@@ -1,4 +1,4 @@
-"""Train a tiny PixArt-Σ from nothing, on scenes: `python -m dit.pretrain --out weights/tiny`.
+"""Train a tiny PixArt-Σ from nothing, on scenes: `python -m dit.tiny.pretrain --out weights/tiny`.
 
     tokenizer -> vae -> text encoder -> judge -> clip -> transformer
 
@@ -24,18 +24,18 @@ from dit.checkpoint import load_text_encoder, load_tokenizer, load_transformer, 
 from dit.cli import Parser, positive, run, seed, whole
 from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from dit.diffusion import alphas_sigmas, noise_error
-from dit.judge import Judge, labels, save_judge
 from dit.metrics import need_transformers
 from dit.pictures import to_bytes, to_tensor
-from dit.scenes import BACKGROUNDS, COLOURS, PLACES, WORLDS, caption, draw, natural_image, sample_scene
-from dit.subjects import draw_parts, sample_creature, subject_caption
 from dit.t5 import T5Encoder
+from dit.tiny.judge import Judge, labels, save_judge
+from dit.tiny.scenes import BACKGROUNDS, COLOURS, PLACES, WORLDS, caption, draw, natural_image, sample_scene
+from dit.tiny.subjects import draw_parts, sample_creature, subject_caption
 from dit.transformer import PixArtTransformer, position_table
 from dit.vae import AutoencoderKL
 from sparsecode.common import UserError, replacing
 
 HEADS = 4  # of the transformer
-# What travels with the model as its defaults.json: the guidance that dit.judge found best of 1.5, 3 and 4.5, and the
+# What travels with the model as its defaults.json: the guidance that dit.tiny.judge found best of 1.5, 3 and 4.5, and the
 # fine-tuning settings that draw a new subject within two minutes on two CPU cores.
 DEFAULTS = {"guidance": 3.0, "finetune": {"epochs": 50, "batch_size": 4, "lr": 0.003}}
 
@@ -416,7 +416,7 @@ def train_clip(args, vae, folder):
 
 
 def parse(argv=None):
-    parser = Parser(prog="python -m dit.pretrain", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dit.tiny.pretrain", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/tiny"), help="folder for the pipeline")
     add("--work", type=Path, default=Path("runs/pretrain"), help="folder for checkpoints, caches and losses")
@@ -497,7 +497,7 @@ def main(argv=None):
             os.replace(out / ".clip", out / "clip")  # all of it, or nothing
     part(out / "transformer", load_transformer, lambda: train_transformer(args, vae, tokenizer, encoder, work))
     if parallel.rank() == 0:
-        print(f"{out} is complete; see how good it is with: python -m dit.judge --weights {out} --guidance 1.5 2 3 4.5")
+        print(f"{out} is complete; see how good it is with: python -m dit.tiny.judge --weights {out} --guidance 1.5 2 3 4.5")
 
 
 if __name__ == "__main__":

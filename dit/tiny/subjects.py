@@ -1,11 +1,11 @@
 """Five characters that the tiny model has never seen, to fine-tune it on: robot, owl, cat, rocket and snail.
 
 A character is a list of parts, painted from back to front. A part is (polygons, rgb) in [-1, 1]², as `paint`
-of dit.scenes takes them. Each character has five pictures that differ in background, place and size.
+of dit.tiny.scenes takes them. Each character has five pictures that differ in background, place and size.
 
     draw_subject("owl", "blue", "top left", 0.25)       ->  PIL image, 256 × 256
     subject_caption("owl", "blue", "top left")          ->  "an owl at the top left on a blue background"
-    python -m dit.subjects --out lessons/data/subjects  ->  robot/01.png, robot/01.txt, … snail/05.txt
+    python -m dit.tiny.subjects --out lessons/data/subjects  ->  robot/01.png, robot/01.txt, … snail/05.txt
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit.scenes import COLOURS, PLACES, SENTENCES, SUPERSAMPLE, WORLDS, draw_background, outline, paint
+from dit.tiny.scenes import COLOURS, PLACES, SENTENCES, SUPERSAMPLE, WORLDS, draw_background, outline, paint
 from sparsecode.common import replacing
 
 # ---- polygons -----------------------------------------------------------------------------------------

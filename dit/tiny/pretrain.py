@@ -35,8 +35,8 @@ from dit.vae import AutoencoderKL
 from sparsecode.common import UserError, replacing
 
 HEADS = 4  # of the transformer
-# What travels with the model as its defaults.json: the guidance that dit.tiny.judge found best of 1.5, 3 and 4.5, and the
-# fine-tuning settings that draw a new subject within two minutes on two CPU cores.
+# What travels with the model as its defaults.json: the guidance that dit.tiny.judge found best of 1.5, 3 and 4.5,
+# and the fine-tuning settings that draw a new subject within two minutes on two CPU cores.
 DEFAULTS = {"guidance": 3.0, "finetune": {"epochs": 50, "batch_size": 4, "lr": 0.003}}
 
 # ---- one training loop for all stages ---------------------------------------------------------------------------
@@ -497,7 +497,7 @@ def main(argv=None):
             os.replace(out / ".clip", out / "clip")  # all of it, or nothing
     part(out / "transformer", load_transformer, lambda: train_transformer(args, vae, tokenizer, encoder, work))
     if parallel.rank() == 0:
-        print(f"{out} is complete; see how good it is with: python -m dit.tiny.judge --weights {out} --guidance 1.5 2 3 4.5")
+        print(f"{out} is complete; see how good it is with: python -m dit.tiny.judge --weights {out}")
 
 
 if __name__ == "__main__":

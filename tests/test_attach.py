@@ -16,7 +16,6 @@ from sparsecode import (
     detach,
     load_adapter,
     read_header,
-    replacing,
     save_adapter,
     set_density,
     trainable,
@@ -281,11 +280,3 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypa
     with pytest.raises(OSError, match="no space left"):
         save_adapter(model, path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
-
-
-def test_replacing_renames_on_success(tmp_path):
-    with replacing(tmp_path / "folder" / "a.png") as temporary:
-        assert temporary.suffix == ".png" and temporary.parent == tmp_path / "folder"
-        temporary.write_text("new")
-        assert not (tmp_path / "folder" / "a.png").exists()
-    assert [(p.name, p.read_text()) for p in (tmp_path / "folder").iterdir()] == [("a.png", "new")]

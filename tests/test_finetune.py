@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dit import finetune
 from dit.cli import load_pipeline
-from sparsecode.attach import read_header
+from sparsecode import read_header
 from sparsecode.common import UserError
 
 ROOT = Path(__file__).parent.parent

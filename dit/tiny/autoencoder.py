@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dit.config import VAEConfig
 from dit.pictures import to_bytes
 from dit.tiny.fit import fit, rng_of
-from dit.tiny.scenes import BACKGROUNDS, OFFSET, PLACES, SIZES, draw, natural_image, sample_scene
+from dit.tiny.scenes import BACKGROUNDS, PLACES, SIZES, draw, natural_image, sample_scene
 from dit.tiny.subjects import draw_parts, sample_creature
 from dit.vae import AutoencoderKL
 

@@ -12,8 +12,8 @@ from sparsecode.common import replacing
 def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3, every=500):
     """Minimise `loss(step) -> scalar` and return `module` with the averaged (EMA) weights.
 
-    AdamW trains all parameters but the matrices in `muon`, which torch.optim.Muon trains (Jordan et al., 2024) with the
-    same learning rate. This rate warms up over 100 steps, stays, and falls to zero over the last `decay` of the steps.
+    AdamW trains all parameters but the matrices in `muon`, which torch.optim.Muon trains (Jordan et al., 2024) at twice
+    the learning rate. The rate warms up over 100 steps, stays, and falls to zero over the last `decay` of the steps.
     The batch of a step depends on the step alone, so a checkpoint (every `every` steps, in `folder`) needs no random
     state.
     """
@@ -24,7 +24,9 @@ def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3,
               {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=lr, adjust_lr_fn="match_rms_adamw", weight_decay=0.0))
+        optimizers.append(torch.optim.Muon(muon, lr=2 * lr, adjust_lr_fn="match_rms_adamw", weight_decay=0.0))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
     average = {k: v.detach().clone() for k, v in module.state_dict().items()}
     start = 0
     if file.exists():
@@ -39,7 +41,7 @@ def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3,
     for step in bar:
         factor = min(1.0, (step + 1) / 100, (steps - step) / (decay * steps))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = lr * factor
+            group["lr"] = group["peak"] * factor
         value = loss(step)
         module.zero_grad(set_to_none=True)
         value.backward()

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dit.config import VAEConfig
 from dit.pictures import to_bytes
 from dit.tiny.fit import fit, rng_of
-from dit.tiny.scenes import BACKGROUNDS, PLACES, SIZES, draw, natural_image, sample_scene
+from dit.tiny.scenes import BACKGROUNDS, PLACES, SIZES, Thing, draw, natural_image, sample_scene
 from dit.tiny.subjects import draw_parts, sample_creature
 from dit.vae import AutoencoderKL
 
@@ -21,13 +21,23 @@ def sample_creature_picture(rng):
     return draw_parts(sample_creature(rng), *scene, 64), *scene
 
 
+def middle(thing):
+    left, top, right, bottom = thing.box
+    return (left + right) // 2, (top + bottom) // 2
+
+
 def train_vae(args, folder):
     """Half scenes, a quarter creatures, a quarter procedural photographs, so that other pictures survive it as well."""
     rng = rng_of("vae", args.seed, 0)
     half, quarter = args.vae_pictures // 2, args.vae_pictures // 4
-    pool = [draw(sample_scene(rng)) for _ in range(half)]
-    pool += [sample_creature_picture(rng)[0] for _ in tqdm(range(quarter), desc="creatures", disable=None)]
+    scenes = [sample_scene(rng) for _ in range(half)]
+    pool, middles = [draw(scene) for scene in scenes], [middle(scene.things[-1]) for scene in scenes]
+    for _ in tqdm(range(quarter), desc="creatures", disable=None):
+        picture, _, size, place = sample_creature_picture(rng)
+        pool.append(picture)
+        middles.append(middle(Thing("creature", size, place)))
     pool += [natural_image(rng) for _ in tqdm(range(quarter), desc="photographs", disable=None)]
+    middles = np.array(middles + [(32, 32)] * quarter)  # (n, 2): where to cut out the crops
     pool = to_bytes(pool)  # (n, 3, 64, 64)
 
     torch.manual_seed(args.seed)
@@ -40,9 +50,10 @@ def train_vae(args, folder):
     def loss(step):
         rng = rng_of("vae", args.seed, step + 1)
         side = 32 if step < 0.75 * args.vae_steps else 64  # small crops are cheaper and teach the same filters
-        pick = torch.from_numpy(rng.integers(0, len(pool), 16 if side == 32 else 6))
-        y, x = rng.integers(0, (64 - side) // 4 + 1, 2) * 4
-        images = pool[pick, :, y : y + side, x : x + side].to(args.device).float() / 127.5 - 1
+        pick = rng.integers(0, len(pool), 16 if side == 32 else 6)
+        corners = (middles[pick] - side // 2 + rng.integers(-8, 9, (len(pick), 2))).clip(0, 64 - side)  # (B, 2)
+        images = torch.stack([pool[i, :, y : y + side, x : x + side] for i, (x, y) in zip(pick, corners)])
+        images = images.to(args.device).float() / 127.5 - 1  # (B, 3, side, side)
         images = images.flip(3) if rng.random() < 0.5 else images
         if rng.random() < 0.3:
             images = images[:, torch.from_numpy(rng.permutation(3))]  # colours that the scenes do not have

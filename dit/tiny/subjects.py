@@ -212,12 +212,12 @@ def paint(canvas, polygons, rgb, centre, radius):
         ImageDraw.Draw(canvas).line(closed, fill=rim, width=max(1, side // 128), joint="curve")
 
 
-def sample_creature(rng, parts=5):
+def sample_creature(rng, parts=10):
     """Parts of a character that nobody has seen: a large body, and smaller outlines in other colours on it."""
     shapes = [oval(0, 0, 1), box(0, 0, 1, 1), heart(0, 0, 1), np.array([(0, -1), (1, 0.85), (-1, 0.85)])]
     creature = []
     for i in range(parts):
-        centre, radius = (rng.uniform(-0.6, 0.6, 2), rng.uniform(0.15, 0.5, 2)) if i else (0, rng.uniform(0.7, 0.95, 2))
+        centre, radius = (rng.uniform(-0.7, 0.7, 2), rng.uniform(0.08, 0.4, 2)) if i else (0, rng.uniform(0.7, 0.95, 2))
         rgb = tuple(int(c) for c in rng.choice([30, 90, 160, 220, 250], 3))
         creature.append(([shapes[rng.integers(len(shapes))] * radius + centre], rgb))
     return creature

@@ -1,5 +1,6 @@
 """The second stage: a tokenizer, and a T5 encoder that is trained on captions alone and then frozen, as in PixArt."""
 
+import re
 import string
 
 import torch
@@ -12,16 +13,18 @@ from dit.tiny.fit import fit, rng_of
 from dit.tiny.scenes import BACKGROUNDS, PATTERNS, PLACES, SIZES, THINGS, UNSEEN, caption, sample_scene
 from sparsecode.common import replacing
 
-# Words beyond those of scenes, so that prompts can speak of other things.
-WORDS = """
-a an the and with of in on at to is it its this that from by for near under over beside behind between into
-picture photo image drawing painting sketch sculpture icon shiny dark light bright soft small large big tiny huge old
-new grey brown pink cyan gold silver wooden metal glass plastic paper stone wet dry striped checked spotted plain
+# Nouns beyond the things of scenes, so that prompts can speak of others, and the words that captions are made of.
+OTHERS = """
 robot boat plane bird monster wizard king queen child man woman face head eye toy bowl can vase sneaker plushie cartoon
 sloth sky rain snow river lake sea beach sand forest jungle desert field garden street city road bridge tower barn shop
-room kitchen table floor wall ball plate grass flower bear food drink animal fruit tool car train deer sheep bat shoe
-orange cube shaped floating top bottom left right middle centre red green blue yellow purple white black there
-""".split() + [*THINGS, *UNSEEN]
+room kitchen table floor wall ball plate grass flower food drink animal fruit tool deer sheep bat shoe cube
+""".split() + [*UNSEEN]
+WORDS = """
+a an the and with of in on at to is it its this that from by for near under over beside behind between into there
+picture photo image drawing painting sketch sculpture icon shiny dark light bright soft small large big tiny huge old
+new grey brown pink cyan gold silver wooden metal glass plastic paper stone wet dry striped checked spotted plain
+orange shaped floating top bottom left right middle centre red green blue yellow purple white black background
+""".split() + [*THINGS, *OTHERS]
 
 
 def train_tokenizer(args, folder):
@@ -56,7 +59,7 @@ class TextReader(nn.Module):
 
 
 def labelled_caption(rng):
-    """A caption and what it says, 0 = unsaid. In one of five an unknown word replaces a thing's name."""
+    """A caption and what it says, 0 = unsaid. In one of five another noun replaces a thing's name."""
     scene = sample_scene(rng)
     text = caption(scene, rng)
     labels = []
@@ -68,7 +71,7 @@ def labelled_caption(rng):
             "place": thing is not None and (" in the " in text or " at the " in text),
         }
         if thing and rng.random() < 0.2:
-            text = text.replace(thing.name, str(rng.choice(WORDS)), 1)
+            text = re.sub(rf"\b{thing.name}\b", str(rng.choice(OTHERS)), text, count=1)
             said["name"] = False
         labels += [ANSWERS[n].index(getattr(thing, n)) + 1 if said[n] else 0 for n in ANSWERS]
     labels += [list(BACKGROUNDS).index(scene.background) + 1, PATTERNS.index(scene.pattern) + 1]

@@ -3,7 +3,6 @@
 CLIP, DINOv2 and ImageReward's BLIP are built by transformers from local folders: pip install -e ".[eval]".
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from torchvision import transforms
 
 from dit.checkpoint import rename
-from sparsecode.common import UserError
+from sparsecode.common import COUNT, POSITIVE, TEXT, UserError, read_json
 
 BATCH = 50  # pictures or texts at a time
 
@@ -32,6 +31,9 @@ IMAGE_REWARD_NAMES = [
 ]
 # What ImageReward.pt holds besides: a count of positions, and what BLIP's pre-training needed.
 UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
+MED_CONFIG = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                            "num_attention_heads", "max_position_embeddings"), COUNT)  # fmt: skip
+MED_CONFIG |= {"hidden_act": TEXT, "layer_norm_eps": POSITIVE}
 
 
 def need_transformers():
@@ -100,7 +102,7 @@ class ImageReward(nn.Module):
     scores(list of str, list of PIL images) -> (n,), a score for each pair, about 0 ± 1.
     """
 
-    MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the authors' pictures, before scores are standardised
+    MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the authors' rewards
     TOKENS = 35
     PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and deviation, RGB
 
@@ -110,9 +112,9 @@ class ImageReward(nn.Module):
         self.device = device
         self.tokenizer = _load(library.BertTokenizer, folder)
         self.tokenizer.add_special_tokens({"additional_special_tokens": ["[DEC]", "[ENC]"]})  # BLIP's
+        config = read_json(Path(folder) / "med_config.json", MED_CONFIG)
         file = Path(folder) / "ImageReward.pt"
         try:
-            config = json.loads((Path(folder) / "med_config.json").read_text())
             stored = torch.load(file, map_location="cpu", weights_only=True)
             side = self._build(library, config, stored)
             used = {name: stored.pop(rename(name, IMAGE_REWARD_NAMES)) for name in self.state_dict()}
@@ -140,9 +142,7 @@ class ImageReward(nn.Module):
             num_hidden_layers=sum(name.endswith("attn.qkv.weight") for name in stored), patch_size=patch,
             layer_norm_eps=1e-6,
         )  # fmt: skip
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "max_position_embeddings", "hidden_act", "layer_norm_eps")  # fmt: skip
-        text = library.BlipTextConfig(encoder_hidden_size=width, **{name: config[name] for name in names})
+        text = library.BlipTextConfig(encoder_hidden_size=width, **{name: config[name] for name in MED_CONFIG})
         self.vision = library.BlipVisionModel(vision)
         self.text = library.BlipTextModel(text, add_pooling_layer=False)
         sizes = (text.hidden_size, 1024, 128, 64, 16, 1)
@@ -180,7 +180,7 @@ def _load(kind, folder, **options):
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder; weights/README.md says what belongs there")
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever a file makes it
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} cannot be read as a {kind.__name__} ({reason})") from None

@@ -26,10 +26,10 @@ from PIL import Image
 REFERENCE = Path(__file__).with_suffix(".json")
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "star", "robot", *string.punctuation]
 VOCABULARY += [start + letter for start in ("", "##") for letter in string.ascii_lowercase]
-MED_CONFIG = {"hidden_act": "gelu", "hidden_size": 48, "intermediate_size": 80, "layer_norm_eps": 1e-12, "model_type": "bert",
-              "max_position_embeddings": 40, "num_attention_heads": 3, "num_hidden_layers": 2, "pad_token_id": 0,
-              "type_vocab_size": 2, "vocab_size": len(VOCABULARY) + 2, "encoder_width": 48, "add_cross_attention": True,
-              "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # fmt: skip
+MED_CONFIG = {"hidden_act": "gelu", "hidden_size": 48, "intermediate_size": 80, "layer_norm_eps": 1e-12,
+              "model_type": "bert", "max_position_embeddings": 40, "num_attention_heads": 3, "num_hidden_layers": 2,
+              "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": len(VOCABULARY) + 2, "encoder_width": 48,
+              "add_cross_attention": True, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # fmt: skip
 VISION = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
 TEXTS = ["a red star", "", "Blue robots, a star!", "robot " * 50, "a red star"]
 SIZES = [(40, 30), (32, 32), (16, 50), (64, 64), (30, 31)]  # of the pictures: width, height

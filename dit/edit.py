@@ -67,9 +67,9 @@ def teach(pipe, images, captions, file, *, method="sparse", epochs=None, lr=None
     torch.manual_seed(args.seed)
     attach(model, method, **options)
     model.gradient_checkpointing = gradient_checkpointing
-    losses = finetune.train(model, data, args, state, checkpoint)
+    losses = finetune.train(model, data, args, state, checkpoint, pipe.schedule)
     if method == "sparse":
-        finetune.measure_usage(model, data, args.seed)
+        finetune.measure_usage(model, data, args.seed, pipe.schedule)
     save_adapter(model, file, prompt=captions[0], settings=checksum, steps=len(losses), lr=args.lr, seed=args.seed)
     detach(model)
     checkpoint.unlink()  # now the run is finished
@@ -207,7 +207,6 @@ def parse(argv=None):
     add("--out", type=Path, help="folder for the adapters and edit.png (runs/edit-NAME)")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / f"edit-{args.image.stem}"
-    sampling_timesteps(args.steps)  # refuses too many
     return args
 
 
@@ -221,6 +220,7 @@ def check_choice(pipe, args):
 
 def edit(pipe, args):
     """Train both adapters, unless --out has them, and return the rows of edit.png."""
+    sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     picture = load_images([args.image], pipe.resolution)  # (1, 3, H, W)
     (caption,) = find_captions([args.image], args.prompt)
     check_choice(pipe, args)

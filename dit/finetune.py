@@ -50,7 +50,7 @@ def visiting_order(n, epochs, repeats, seed):
     return np.concatenate(orders)
 
 
-def training_loss(model, data, order, visits, seed):
+def training_loss(model, data, order, visits, seed, schedule):
     """Mean squared error of the predicted noise over B visits, each with a flip, a timestep and noise of its own.
 
     These depend on the seed and the number of the visit alone. So they stay the same in a run that goes on after a
@@ -59,7 +59,7 @@ def training_loss(model, data, order, visits, seed):
     device, dtype = data.text.device, data.text.dtype
     draws = [np.random.default_rng([seed, 1, visit]) for visit in visits]
     flip = torch.tensor([rng.random() < 0.5 for rng in draws], device=device)  # (B,)
-    timesteps = torch.tensor([int(rng.integers(1000)) for rng in draws], device=device)  # (B,)
+    timesteps = torch.tensor([int(rng.integers(schedule.num_train_timesteps)) for rng in draws], device=device)  # (B,)
     noise = np.stack([rng.standard_normal(data.latents.shape[1:], dtype=np.float32) for rng in draws])
     noise = torch.from_numpy(noise).to(device)  # (B, 4, h, w)
     picks = torch.from_numpy(order[list(visits)]).to(device)  # (B,)
@@ -70,10 +70,11 @@ def training_loss(model, data, order, visits, seed):
     def predict(noisy, *rest):
         return model(noisy.to(dtype), *rest)
 
-    return noise_error(predict, latents, timesteps, noise, data.text[picks], data.text_mask[picks]).mean()
+    text, mask = data.text[picks], data.text_mask[picks]  # (B, L, C), (B, L)
+    return noise_error(predict, latents, timesteps, noise, text, mask, schedule).mean()
 
 
-def train(model, data, args, state, file):
+def train(model, data, args, state, file, schedule):
     """Steps on the adapters of `model`, from the checkpoint `state` on if there is one; returns the loss of every step.
 
     A checkpoint is written to `file` once its weights have proved good, by a loss that is a number; after the last step
@@ -95,7 +96,7 @@ def train(model, data, args, state, file):
         total = torch.zeros(1, device=data.text.device)
         for start in range(0, len(visits), args.batch_size):
             batch = visits[start : start + args.batch_size]
-            loss = training_loss(model, data, order, batch, args.seed) / args.gradient_accumulation
+            loss = training_loss(model, data, order, batch, args.seed, schedule) / args.gradient_accumulation
             loss.backward()
             total += loss.detach()
         if args.orthogonality:
@@ -162,15 +163,15 @@ def describe(args, options, pipe, images, captions):
 
 
 @torch.no_grad()
-def measure_usage(model, data, seed):
+def measure_usage(model, data, seed, schedule):
     """Record how much each atom is used, on the training pictures at ten timesteps: what `keep_atoms` ranks by."""
     rng = np.random.default_rng([seed, 2])
     with record_usage(model):
-        for t in sampling_timesteps(10):
+        for t in sampling_timesteps(10, schedule):
             for latents, text, mask in zip(data.latents.split(1), data.text.split(1), data.text_mask.split(1)):
                 noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)).to(latents)
                 timesteps = t.view(1).to(latents.device)
-                model(add_noise(latents, noise, timesteps).to(text.dtype), timesteps, text, mask)
+                model(add_noise(latents, noise, timesteps, schedule).to(text.dtype), timesteps, text, mask)
 
 
 def write_csv(losses, path):
@@ -317,7 +318,7 @@ def finetune(pipe, files, captions, args):
     pipe.encode_prompt(["", *prompts])  # remembered, so that T5 can go
     pipe.free("text_encoder", "vae")
 
-    losses = train(model, data, args, state, file)
+    losses = train(model, data, args, state, file, pipe.schedule)
     if parallel.rank() == 0:
         remove_leftovers(args.out)
         save_results(pipe, data, images, captions, prompts, losses, args)
@@ -327,7 +328,7 @@ def finetune(pipe, files, captions, args):
 def save_results(pipe, data, images, captions, prompts, losses, args):
     model = pipe.transformer
     if args.method == "sparse":
-        measure_usage(model, data, args.seed)
+        measure_usage(model, data, args.seed, pipe.schedule)
     names = ("seed", "epochs", "repeats", "batch_size", "gradient_accumulation", "optimizer", "lr", "orthogonality")
     names += ("resolution", "random_flip")
     notes = {name: getattr(args, name) for name in names}

@@ -36,7 +36,6 @@ def parse(argv=None):
     if args.adapter is None and (args.density or args.keep_atoms):
         raise UserError("--density and --keep-atoms choose atoms of an adapter; name one with --adapter")
     check_picture_path(args.out)
-    sampling_timesteps(args.steps)  # refuses too many
     return args
 
 
@@ -59,6 +58,7 @@ def variants(args, model):
 
 def sample(pipe, args):
     """Rows of (label, pictures): each prompt with each variant of the adapter, one picture for each seed."""
+    sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     model = pipe.transformer
     if args.adapter:
         load_adapter(model, args.adapter)

@@ -64,7 +64,8 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     optimizer = torch.optim.AdamW(trainable(model), lr=LR, weight_decay=0.0)
     losses = []
     for step in range(n_steps):
-        loss = training_loss(model, data, order, range(step * BATCH, (step + 1) * BATCH), seed=0)
+        visits = range(step * BATCH, (step + 1) * BATCH)
+        loss = training_loss(model, data, order, visits, seed=0, schedule=pipe.schedule)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
@@ -95,7 +96,8 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     print(f"{carrying:.0f} of {ATOMS} carry 90 % of Σ|S| (expect 2 %, 29 %, 24)")
 
     # %% 5. Fig. 3: the same seeds with only the most important atoms of the whole model
-    measure_usage(model, data, seed=0)  # mean |S_m| for each atom; its importance is that times ‖D_m‖
+    # The importance of an atom: its usage, mean |S_m|, times ‖D_m‖
+    measure_usage(model, data, seed=0, schedule=pipe.schedule)
     counts = (0, 40, "all") if quick else (0, 4, 12, 40, 120, 400, "all")
     pictures, psnr = {}, {}
     for n in counts:

@@ -82,7 +82,8 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
         images, captions = load_images(files, pipe.resolution), find_captions(files)  # (1, 3, H, W)
         data = encode(pipe, images, captions)
         clean = data.latents.expand(len(TIMES), -1, -1, -1)  # (T, 4, h, w)
-        noisy = add_noise(clean, torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), TIMES)
+        generator = torch.Generator().manual_seed(0)
+        noisy = add_noise(clean, torch.randn(clean.shape, generator=generator), TIMES, pipe.schedule)
 
         def predict():
             """The noise that the model sees in the noisy picture, at three timesteps"""
@@ -94,7 +95,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
             return to_tensor(pipe.generate(captions * 3, latents=pipe.noise([0, 1, 2]), steps=steps))  # (3, 3, H, W)
 
         for weight in runs:
-            loss = teach(model, data, weight, steps=40 if quick else 200)
+            loss = teach(model, data, weight, pipe.schedule, steps=40 if quick else 200)
             drawn = draw()  # (3, 3, H, W)
             psnr = -10 * torch.log10(((drawn - images) / 2).square().mean())
             tops = [{name: score.topk(16).indices.tolist()} for name, score in importance(model).items()]
@@ -139,21 +140,22 @@ def show(text, values, form="{:.2f}"):
     print(f"{text}:", *map(form.format, values))
 
 
-def teach(model, data, weight, steps):
+def teach(model, data, weight, schedule, steps):
     """Lesson 6's training, with the penalty; returns the loss of 160 visits that it has not seen."""
     torch.manual_seed(0)
     attach(model, "sparse", atoms=ATOMS, density=DENSITY)
     optimizer = torch.optim.AdamW(trainable(model), lr=LR, weight_decay=0.0)
     order = visiting_order(1, 1, steps * BATCH, seed=0)
     for step in range(steps):
-        loss = training_loss(model, data, order, range(step * BATCH, (step + 1) * BATCH), seed=0)
+        visits = range(step * BATCH, (step + 1) * BATCH)
+        loss = training_loss(model, data, order, visits, 0, schedule)
         optimizer.zero_grad()
         (loss + weight * orthogonality(model)).backward()
         torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
         optimizer.step()
-    measure_usage(model, data, seed=0)
+    measure_usage(model, data, 0, schedule)
     with torch.no_grad():
-        return training_loss(model, data, order, range(160), seed=1)
+        return training_loss(model, data, order, range(160), 1, schedule)
 
 
 def low_share(change):

@@ -15,8 +15,7 @@ from dit.pipeline import Pipeline
 from dit.tiny.judge import load_judge
 from dit.tiny.scenes import PLACES
 from dit.tiny.subjects import PICTURES
-from sparsecode import adapters
-from sparsecode.attach import read_header
+from sparsecode import adapters, read_header
 from sparsecode.common import UserError
 
 SUBJECTS = TINY.parent.parent / "lessons" / "data" / "subjects"

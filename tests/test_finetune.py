@@ -1,8 +1,10 @@
 """The command that fine-tunes: what it writes, resuming to the bit, equal ways to one batch, and mistakes."""
 
 import csv
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 
 from dit import finetune
 from dit.cli import load_pipeline
-from sparsecode.attach import read_header
+from sparsecode import read_header
 from sparsecode.common import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +113,16 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
     monkeypatch.setattr(finetune, "train", train_alone)
     train(options, tmp_path / "run")
     assert parts
+
+
+@pytest.mark.parametrize("change", [{"beta_end": 0.012}, {"num_train_timesteps": 500}])
+def test_training_follows_the_schedule_of_the_weights(tiny, pictures, options, tmp_path, quick, change):
+    train(options, tmp_path / "run")
+    other = shutil.copytree(tiny, tmp_path / "weights")
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    train(["--weights", other, "--images", pictures, "--device", "cpu"], tmp_path / "other")
+    assert (read_losses(tmp_path / "run") != read_losses(tmp_path / "other")).all()
 
 
 @pytest.mark.parametrize("optimizer", finetune.OPTIMIZERS)
@@ -228,8 +240,8 @@ def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch
     out, real = tmp_path / "run", finetune.training_loss
     steps = {"no checkpoint": 1, "a checkpoint": 3, "between checkpoints": 4}
 
-    def dying_loss(model, data, order, visits, seed):
-        return die() if visits[0] == steps[moment] else real(model, data, order, visits, seed)
+    def dying_loss(model, data, order, visits, *rest):
+        return die() if visits[0] == steps[moment] else real(model, data, order, visits, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(finetune, *(("training_loss", dying_loss) if moment in steps else (moment, die)))
@@ -392,8 +404,8 @@ def test_a_full_disk(options, tmp_path, quick, mistake):
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(options, tmp_path, monkeypatch, quick):
     out, real = tmp_path / "run", finetune.training_loss
 
-    def broken(model, data, order, visits, seed):
-        return real(model, data, order, visits, seed) * (float("nan") if visits[0] == 5 else 1)
+    def broken(model, data, order, visits, *rest):
+        return real(model, data, order, visits, *rest) * (float("nan") if visits[0] == 5 else 1)
 
     options = [*options, "--checkpoint-every", "2"]
     with monkeypatch.context() as patch:

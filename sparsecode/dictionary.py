@@ -31,7 +31,7 @@ def learn_dictionary(signals, n_atoms, lam, *, max_iter=200, tol=1e-5, seed=0, c
     strength = x.square().sum(dim=1)  # (N,)
     largest = 2 * unit * strength.max().sqrt().item() if len(x) else 0.0  # of max|2 X Dᵀ| for any atoms of unit norm
     if not 0 <= lam < largest:
-        raise UserError(f"lam={lam}: give 0 or more, and well below {largest:.3g}, where all codes of these signals are 0")
+        raise UserError(f"lam={lam}: give 0 or more, and well below {largest:.3g}, where all codes are 0")
     lam = lam / unit
     every = max(1, math.ceil(len(x) / DRAWN))
     generator = torch.Generator(x.device).manual_seed(seed)

@@ -149,7 +149,7 @@ def test_fewer_signals_than_atoms_and_signals_of_zero():
         (dict(max_iter=0), "max_iter=0"),
         (dict(lam=-1), "lam=-1"),
         (dict(lam=float("nan")), "lam=nan"),
-        (dict(lam=20.0), "lam=20.0: give 0 or more, and well below 10, where all codes of these signals are 0$"),
+        (dict(lam=20.0), "lam=20.0: give 0 or more, and well below 10, where all codes are 0$"),
         (dict(lam=1e300), r"lam=1e\+300: .* below 10,"),
         (dict(n_atoms=2.5), "n_atoms=2.5"),
         (dict(signals=torch.zeros(4, 2)), "well below 0,"),

@@ -84,7 +84,7 @@ def test_lambda_is_twice_the_alpha_of_sparse_encode():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_makes_it_fast_gives_the_codes_of_the_plain_steps(shape):
-    """S ← σ_{λ/L}(S − ∇/L) 3,000 times over all signals; both end within about 1e-9 of the minimum, so 1e-5 is ample."""
+    """S ← σ_{λ/L}(S − ∇/L) 3,000 times over all signals; both end within about 1e-9 of the minimum."""
     signals, dictionary, lam = problem(shape)
     L, plain = 2 * torch.linalg.matrix_norm(dictionary, 2) ** 2, signals.new_zeros(len(signals), len(dictionary))
     for _ in range(3000):

@@ -14,36 +14,38 @@ from sparsecode.common import UserError
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is kept must serve training too
-def alphas_sigmas(config: SchedulerConfig):
-    """α_t and σ_t of every training timestep, (1000,) each, in float32; the betas rise linearly."""
-    steps = config.num_train_timesteps
-    betas = torch.linspace(config.beta_start, config.beta_end, steps, dtype=torch.float32, device="cpu")  # β_t
+def alphas_sigmas(schedule: SchedulerConfig, device="cpu"):
+    """α_t and σ_t of every training timestep t, (T,) each, in float32 on `device`; the betas rise linearly."""
+    steps = schedule.num_train_timesteps
+    betas = torch.linspace(schedule.beta_start, schedule.beta_end, steps, dtype=torch.float32, device="cpu")  # β_t
     alpha_bar = torch.cumprod(1 - betas, dim=0)  # α_t²
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    return alpha_bar.sqrt().to(device), (1 - alpha_bar).sqrt().to(device)
 
 
-def add_noise(latents, noise, timesteps, config=SchedulerConfig()):
+def add_noise(latents, noise, timesteps, schedule):
     """x_t = α_t x_0 + σ_t ε for latents and noise (B, 4, h, w) and timesteps (B,), int64."""
-    alpha, sigma = (table.to(latents)[timesteps].view(-1, 1, 1, 1) for table in alphas_sigmas(config))
+    tables = alphas_sigmas(schedule, latents.device)
+    alpha, sigma = (table[timesteps].to(latents.dtype).view(-1, 1, 1, 1) for table in tables)  # (B, 1, 1, 1) each
     return alpha * latents + sigma * noise
 
 
-def noise_error(model, latents, timesteps, noise, text, text_mask, config=SchedulerConfig()):
+def noise_error(model, latents, timesteps, noise, text, text_mask, schedule):
     """Mean squared error of the predicted noise for each picture, (B,): its mean is the training loss."""
-    noisy = add_noise(latents, noise, timesteps, config)  # (B, 4, h, w)
+    noisy = add_noise(latents, noise, timesteps, schedule)  # (B, 4, h, w)
     predicted = model(noisy, timesteps, text, text_mask)[:, : latents.shape[1]]  # drop the variance channels
     return F.mse_loss(predicted.float(), noise.float(), reduction="none").mean(dim=(1, 2, 3))  # (B,)
 
 
-def sampling_timesteps(steps, config=SchedulerConfig()):
-    """`steps` timesteps from 999 down, evenly spaced and rounded; 20 steps visit 999, 949, …, 500, …, 50."""
-    if not 1 <= steps < config.num_train_timesteps:
-        raise UserError(f"{steps} sampling steps; expected 1 to {config.num_train_timesteps - 1}")
-    spaced = torch.arange(steps + 1, dtype=torch.float64) * ((config.num_train_timesteps - 1) / steps)
+def sampling_timesteps(steps, schedule):
+    """`steps` timesteps from T − 1 down, evenly spaced and rounded; 20 of T = 1000 are 999, 949, …, 500, …, 50."""
+    last = schedule.num_train_timesteps - 1
+    if not 1 <= steps <= last:
+        raise UserError(f"{steps} sampling steps; expected 1 to {last}")
+    spaced = torch.arange(steps + 1, dtype=torch.float64) * (last / steps)
     return spaced.round().long().flip(0)[:-1]  # (steps,)
 
 
-def dpm_solver(predict_noise, latents, steps, config=SchedulerConfig()):
+def dpm_solver(predict_noise, latents, steps, schedule):
     """Yield (timestep, x, x_0) after each step, from pure noise `latents` to the picture.
 
     DPM-Solver++(2M): in λ = log(α/σ), with h = λ_t − λ_s for a step from s to t and r = h_previous / h,
@@ -56,16 +58,16 @@ def dpm_solver(predict_noise, latents, steps, config=SchedulerConfig()):
 
     predict_noise(x (B, 4, h, w), timestep int) -> ε (B, 4, h, w)
     """
-    alphas, sigmas = alphas_sigmas(config)
-    timesteps = sampling_timesteps(steps, config).tolist()
+    alphas, sigmas = alphas_sigmas(schedule, latents.device)
+    timesteps = sampling_timesteps(steps, schedule).tolist()
     x, x0_previous, lambda_previous = latents.float(), None, None
     for i, t in enumerate(timesteps):
-        alpha, sigma = alphas[t].to(x), sigmas[t].to(x)
+        alpha, sigma = alphas[t], sigmas[t]
         x0 = (x - sigma * predict_noise(x.to(latents.dtype), t).float()) / alpha
         if i + 1 == len(timesteps):
             yield t, x0, x0
             return
-        alpha_next, sigma_next = alphas[timesteps[i + 1]].to(x), sigmas[timesteps[i + 1]].to(x)
+        alpha_next, sigma_next = alphas[timesteps[i + 1]], sigmas[timesteps[i + 1]]
         lam, lambda_next = torch.log(alpha / sigma), torch.log(alpha_next / sigma_next)
         h = lambda_next - lam
         direction = x0

@@ -55,7 +55,6 @@ def parse(argv=None):
     add("--out", type=Path, help="folder for the adapters and edit.png (runs/edit-NAME)")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / f"edit-{args.image.stem}"
-    sampling_timesteps(args.steps)  # refuses too many
     return args
 
 
@@ -73,6 +72,7 @@ def configs(pipe, args):
 
 def edit(pipe, args):
     """Train both adapters, unless --out has them, and return the rows of edit.png."""
+    sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     picture = load_images([args.image], pipe.resolution)  # (1, 3, H, W)
     (caption,) = find_captions([args.image], args.prompt)
     settings = configs(pipe, args)

@@ -427,7 +427,6 @@ def parse(argv=None):
         for name, value in QUICK.items():
             setattr(args, name, value)
     args.clip = args.clip or args.weights / "clip"
-    sampling_timesteps(args.steps)  # refuses too many
     return args
 
 
@@ -475,6 +474,7 @@ def main(argv=None):
     subjects = read_subjects(args.subjects)
     parallel.start()
     pipe = load_pipeline(args)
+    sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     clip = CLIP(args.clip, pipe.device)
     dino = DINOv2(args.dino, pipe.device) if args.dino else None
     if args.quick:

@@ -184,7 +184,6 @@ def parse(argv=None):
         raise UserError(f"{args.out} does not end like a page; name it something.html")
     if args.out.is_dir():
         raise UserError(f"{args.out} is a folder; name a file")
-    sampling_timesteps(args.steps)  # refuses too many
     return args
 
 
@@ -197,6 +196,7 @@ def main(argv=None):
     if prompt is None:
         raise UserError(f"{args.adapter} does not say what it was trained on; give a --prompt")
     pipe = load_pipeline(args)
+    sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     load_adapter(pipe.transformer, args.adapter)
     noise = pipe.noise([args.seed], args.height, args.width)  # (1, 4, h, w)
     text = page(pipe, prompt, noise, args.top, steps=args.steps, guidance=args.guidance)

@@ -36,7 +36,6 @@ def parse(argv=None):
     if args.adapter is None and (args.density or args.keep_atoms):
         raise UserError("--density and --keep-atoms choose atoms of an adapter; name one with --adapter")
     check_picture_path(args.out)
-    sampling_timesteps(args.steps)  # refuses too many
     return args
 
 
@@ -56,6 +55,7 @@ def variants(model, densities=None, counts=None):
 
 def sample(pipe, args):
     """Rows of (label, pictures): each prompt with each variant of the adapter, one picture for each seed."""
+    sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     model, ways = pipe.transformer, (args.density, args.keep_atoms)
     if args.adapter:
         load_adapter(model, args.adapter)

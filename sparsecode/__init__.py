@@ -2,12 +2,13 @@
 
 from .adapter import SparseAdapter, SparseAttention
 from .atoms import importance, keep_atoms, orthogonality, record_maps, record_usage, set_density, top_atoms
-from .attach import adapters, attach, detach, load_adapter, read_header, save_adapter, trainable
+from .attach import adapters, attach, detach, trainable
 from .attention import Attention, attention_as_dictionary
 from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
 from .cost import Cost, attention_flops, dora_cost, lora_cost, oft_cost, sparse_cost
 from .dictionary import learn_dictionary
+from .files import load_adapter, read_header, save_adapter
 from .influence import additivity_error, effect, first_order, linearity_error, only_atoms, scale_atoms
 from .lasso import fista, ista, lasso_objective, optimality_gap
 from .thresholds import relu_threshold, soft_threshold, top_k

@@ -1,6 +1,8 @@
 """Imports point one way: sparsecode knows nothing of dit, lessons define nothing, and no library needs a test tool."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,9 @@ def test_only_checkpoint_opens_weights_of_models():
     """The judge, of our own making, and training checkpoints are no released weights."""
     readers = {f.name for f in ROOT.glob("dit/**/*.py") if {"safe_open", "load_file"} & set(names(f))}
     assert readers == {"checkpoint.py", "judge.py"}
+
+
+def test_importing_dit_is_quick():
+    code = "import sys, dit; assert 'torch' not in sys.modules; from dit import *; print(load_vae, Pipeline)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "load_vae" in done.stdout, done.stderr

@@ -20,7 +20,7 @@ from transformers import T5EncoderModel
 
 from dit import checkpoint
 from dit.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae, save_index, save_part
-from dit.config import T5Config, TransformerConfig, VAEConfig
+from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from dit.diffusion import dpm_solver
 from dit.t5 import T5Encoder
 from dit.transformer import PixArtTransformer
@@ -496,7 +496,7 @@ def test_our_pipeline_runs_in_diffusers(pipeline_folder):
         unconditional, conditional = models["transformer"](torch.cat([x, x]), torch.full((4,), t), text, mask).chunk(2)
         return (unconditional + 4.5 * (conditional - unconditional))[:, :4]
 
-    *_, (_, x, _) = dpm_solver(predict_noise, noise, 3)
+    *_, (_, x, _) = dpm_solver(predict_noise, noise, 3, SchedulerConfig())
     # Each step divides by α, 0.006 at first, after a guidance of 4.5: the rounding of float32 grows a hundredfold.
     assert relative(x, latents) < 1e-4
     ours = models["vae"].decode(latents) / 2 + 0.5

@@ -11,8 +11,7 @@ from dit import edit, finetune, sample
 from dit import train as training
 from dit.pipeline import Pipeline
 from dit.train import TrainConfig, teach
-from sparsecode import adapters
-from sparsecode.attach import read_header
+from sparsecode import adapters, read_header
 from sparsecode.common import UserError
 
 

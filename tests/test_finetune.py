@@ -1,8 +1,10 @@
 """The command that fine-tunes: what it writes, resuming to the bit, equal ways to one batch, and mistakes."""
 
 import csv
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from dit import finetune
 from dit import train as training
 from dit.cli import load_pipeline
-from sparsecode.attach import read_header
+from sparsecode import read_header
 from sparsecode.common import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +114,16 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
     monkeypatch.setattr(training, "train", train_alone)
     train(options, tmp_path / "run")
     assert parts
+
+
+@pytest.mark.parametrize("change", [{"beta_end": 0.012}, {"num_train_timesteps": 500}])
+def test_training_follows_the_schedule_of_the_weights(tiny, pictures, options, tmp_path, quick, change):
+    train(options, tmp_path / "run")
+    other = shutil.copytree(tiny, tmp_path / "weights")
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    train(["--weights", other, "--images", pictures, "--device", "cpu"], tmp_path / "other")
+    assert (read_losses(tmp_path / "run") != read_losses(tmp_path / "other")).all()
 
 
 @pytest.mark.parametrize("optimizer", training.OPTIMIZERS)

@@ -109,8 +109,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out:
         check_picture_path(args.out)
-    sampling_timesteps(args.steps)  # refuses too many
     pipe = load_pipeline(args)
+    sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     judge, world = load_judge(args.weights / "judge")
     if args.adapter:
         load_adapter(pipe.transformer, args.adapter)

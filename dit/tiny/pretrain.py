@@ -276,7 +276,8 @@ def train_transformer(args, vae, tokenizer, encoder, folder):
         nn.init.zeros_(block.attn2.to_out.weight)  # the text joins in when it is of use
     nn.init.normal_(model.timestep_modulation.weight, std=0.02)
     nn.init.zeros_(model.proj_out.weight)
-    alpha, _ = alphas_sigmas(SchedulerConfig())
+    schedule = SchedulerConfig()
+    alpha, _ = alphas_sigmas(schedule, args.device)
 
     def loss(step):
         rng = rng_of("transformer", args.seed, step + 1)
@@ -289,12 +290,12 @@ def train_transformer(args, vae, tokenizer, encoder, folder):
         latents = data["latents"][pick].float()
         # Half of the timesteps from the middle, where the objects take shape.
         low, high = (300, 900) if step < 0.5 * args.steps else (100, 700)
-        t = np.where(rng.random(args.batch_size) < 0.5, rng.integers(0, 1000, args.batch_size),
+        t = np.where(rng.random(args.batch_size) < 0.5, rng.integers(0, schedule.num_train_timesteps, args.batch_size),
                      rng.integers(low, high, args.batch_size))  # fmt: skip
         noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
         t, noise, latents, text, mask = (x.to(args.device) for x in (torch.from_numpy(t), noise, latents, text, mask))
-        weight = (1 / alpha.to(args.device)[t] ** 2).clamp(max=40.0)  # the error of x_0 rather than of ε, bounded
-        return (weight * noise_error(model, latents, t, noise, text, mask)).mean()
+        weight = (1 / alpha[t] ** 2).clamp(max=40.0)  # the error of x_0 rather than of ε, bounded
+        return (weight * noise_error(model, latents, t, noise, text, mask, schedule)).mean()
 
     return fit("transformer", model, loss, steps=args.steps, lr=args.lr, folder=folder, device=args.device)
 

@@ -1,0 +1,17 @@
+"""PixArt-Σ by hand: `from dit import Pipeline`, or one part of it, each from the folder that holds its files.
+
+The names are imported when they are first used, so that `import dit` takes no time.
+"""
+
+from importlib import import_module
+
+_WHERE = {"Pipeline": "dit.pipeline"} | dict.fromkeys(
+    ("load_transformer", "load_text_encoder", "load_tokenizer", "load_vae"), "dit.checkpoint"
+)
+__all__ = list(_WHERE)
+
+
+def __getattr__(name):
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dit' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)

@@ -26,10 +26,9 @@ from dit import parallel
 from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, whole
 from dit.data import find_captions, find_pictures
 from dit.diffusion import sampling_timesteps
-from dit.edit import draw_table, settings, teach
-from dit.finetune import Diverged
 from dit.metrics import CLIP, DINOv2, alignment, fidelity, vendi_score
-from dit.pictures import open_picture, save_figure, save_picture, square
+from dit.pictures import draw_table, open_picture, save_figure, save_picture, square
+from dit.train import Diverged, TrainConfig, teach
 from sparsecode import adapters, attach, detach, load_adapter, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, replacing
@@ -217,9 +216,10 @@ class Study:
         try:
             if job.setting.method != "base":
                 file = args.out / "adapters" / f"{job.name}.safetensors"
-                teach(self.pipe, subject.files, subject.captions, file, method=job.setting.method, epochs=args.epochs,
-                      lr=job.lr, seed=job.seed, gradient_checkpointing=args.gradient_checkpointing,
-                      **job.setting.options)  # fmt: skip
+                config = TrainConfig.of(self.pipe, method=job.setting.method, **job.setting.options, lr=job.lr,
+                                        seed=job.seed, epochs=args.epochs,
+                                        gradient_checkpointing=args.gradient_checkpointing)  # fmt: skip
+                teach(self.pipe, subject.files, subject.captions, file, config)
                 load_adapter(model, file)
             record["parameters"] = sum(p.numel() for p in trainable(model)) if adapters(model) else 0
             pictures = self.draw(subject.prompts)
@@ -439,7 +439,7 @@ def check(args, subjects, pipe):
         raise UserError("--tune-on and several --lrs belong together; give both or neither")
     if len(args.tune_on) == len(names):
         raise UserError("--tune-on names every subject; leave some for the table")
-    args.lrs = args.lrs or [settings(pipe, subjects[0].files, "sparse")[0].lr]
+    args.lrs = args.lrs or [TrainConfig.of(pipe).lr]
     for setting in all_settings(args)[1:]:
         attach(pipe.transformer, setting.method, **setting.options)
         detach(pipe.transformer)

@@ -1,5 +1,6 @@
 """Pictures in and out: any file that PIL reads -> RGB, tensors <-> PIL images, and labelled grids of results."""
 
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -86,6 +87,36 @@ def _wrap(label, font, width):
         longer = f"{lines[-1]} {word}".strip()
         lines = lines[:-1] + [longer] if not lines[-1] or font.getlength(longer) <= width else [*lines, word]
     return lines
+
+
+def draw_table(rows, path, title, dpi=150):
+    """A figure with a row for each (label, {prompt: pictures}) and a column for each prompt of the last row."""
+    from matplotlib.figure import Figure
+
+    prompts = list(rows[-1][1])
+    counts = [len(rows[-1][1][prompt]) for prompt in prompts]
+    width, height = 1.3 + 0.9 * sum(counts), 1.0 + 0.9 * len(rows)  # inches; a picture takes 0.9
+    figure = Figure(figsize=(width, height), layout="constrained")
+    table = figure.subplots(len(rows), len(prompts), squeeze=False, width_ratios=counts)
+    for cells, (label, pictures) in zip(table, rows):
+        for axes, prompt in zip(cells, prompts):
+            axes.set(xticks=[], yticks=[], anchor="W")
+            axes.spines[:].set_visible(False)
+            if prompt in pictures:
+                axes.imshow(side_by_side(pictures[prompt]))
+        cells[0].set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize=8)
+    for axes, prompt, count in zip(table[0], prompts, counts):
+        axes.set_title(textwrap.fill(prompt, 13 * count), fontsize=8, loc="left")
+    figure.suptitle(textwrap.fill(title, round(11 * width)), fontsize=10)
+    save_figure(figure, path, dpi)
+
+
+def side_by_side(pictures):
+    """PIL images of one size -> one array (H, W, 3), with white between them."""
+    pixels = [np.asarray(picture) for picture in pictures]
+    gap = np.full_like(pixels[0][:, : len(pixels[0]) // 24], 255)  # (H, H/24, 3)
+    parts = [part for picture in pixels for part in (picture, gap)]
+    return np.concatenate(parts[:-1], axis=1)  # (H, W, 3)
 
 
 def check_picture_path(path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_picture
-from sparsecode import keep_atoms, load_adapter, set_density
+from sparsecode import adapters, keep_atoms, load_adapter, set_density
 from sparsecode.common import UserError
 
 
@@ -39,39 +39,42 @@ def parse(argv=None):
     return args
 
 
-def variants(args, model):
-    """Set the adapter of `model` in each way that was asked for, and yield what to write beside the prompt."""
-    if args.adapter is None:
-        yield ""
-        return
-    for density in args.density or [None]:
-        for atoms in args.keep_atoms or [None]:
+def variants(model, densities=None, counts=None):
+    """Set the adapter of `model` in each way, by density and by number of atoms, and yield words for it."""
+    own = densities and next(iter(adapters(model).values())).options.get("density")
+    for density in densities or [None]:
+        for atoms in counts or [None]:
             words = []
-            if density is not None:
-                set_density(model, density)
-                words.append(f"density {density}")
             if atoms is not None:
+                if density is not None:
+                    set_density(model, own)  # with which the use of the atoms was measured
                 keep_atoms(model, atoms)
                 words.append(f"{atoms} atoms")
-            yield f" ({', '.join(words) or 'adapted'})"
+            if density is not None:
+                set_density(model, density)
+                words.insert(0, f"density {density}")
+            yield ", ".join(words)
+    if densities:
+        set_density(model, own)
 
 
 def sample(pipe, args):
     """Rows of (label, pictures): each prompt with each variant of the adapter, one picture for each seed."""
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
-    model = pipe.transformer
+    model, ways = pipe.transformer, (args.density, args.keep_atoms)
     if args.adapter:
         load_adapter(model, args.adapter)
-    list(variants(args, model))  # a density or number of atoms that cannot be is refused before any work
+    list(variants(model, *ways))  # a density or number of atoms that cannot be is refused before any work
     noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
     pipe.encode_prompt(["", *args.prompts])
     pipe.free("text_encoder")
     rows = []
     for prompt in args.prompts:
-        for label in variants(args, model):
+        for words in variants(model, *ways):
+            label = f"{prompt} ({words or 'adapted'})" if args.adapter else prompt
             repeated = [prompt] * len(args.seed)
             images = pipe.generate(repeated, steps=args.steps, guidance=args.guidance, latents=noise)
-            rows.append((prompt + label, images))
+            rows.append((label, images))
     return rows
 
 

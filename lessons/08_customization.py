@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from dit.edit import draw_table
 from dit.evaluate import (
     SCORES,
     Job,
@@ -40,6 +39,7 @@ from dit.evaluate import (
     to_markdown,
 )
 from dit.metrics import CLIP, vendi_score
+from dit.pictures import draw_table
 from dit.pipeline import Pipeline
 from dit.tiny.scenes import WORLDS, caption, draw, sample_scene
 

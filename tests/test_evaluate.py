@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from test_metrics import write_clip
 from vendi_score import vendi
 
-from dit import evaluate, finetune, parallel
+from dit import evaluate, parallel
+from dit import train as training
 from dit.evaluate import Job, Setting, Study, Subject, all_settings, read_prompts, read_subjects, sentence
-from dit.finetune import Diverged
 from dit.metrics import CLIP
 from dit.pictures import open_picture, square
 from dit.pipeline import Pipeline
+from dit.train import Diverged
 from sparsecode import adapters, load_adapter
 from sparsecode.common import UserError
 
@@ -452,7 +453,7 @@ def test_a_second_call_does_nothing_again(options, copied, capsys, monkeypatch, 
 
 def test_a_killed_study_goes_on(options, finished, copied, monkeypatch, no_plots):
     """Of what is lost only that is done again, and a training whose adapter is there is not."""
-    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     for name in ("owl-base", "blob-sparse-8-0.25-lr0.01-seed3"):
         (copied / "results" / f"{name}.json").unlink()
     drawn, real = [], Study.draw
@@ -466,7 +467,7 @@ def test_a_killed_study_goes_on(options, finished, copied, monkeypatch, no_plots
 def test_more_settings_are_added(options, copied, monkeypatch, no_plots):
     """Fewer seeds and another method: what is there serves, and only what is new is trained."""
     trained, real = [], evaluate.teach
-    monkeypatch.setattr(evaluate, "teach", lambda *a, **k: trained.append((k["method"], k["seed"])) or real(*a, **k))
+    monkeypatch.setattr(evaluate, "teach", lambda *a: trained.append((a[-1].method, a[-1].seed)) or real(*a))
     call(options, "--methods", "lora", "dora", "--seeds", 3, "--out", copied)
     assert trained == [("dora", 3)] * 2
     assert [row["method"] for row in read_csv(copied / "table.csv")] == ["base", "lora", "dora"]
@@ -523,7 +524,7 @@ def test_a_learning_rate_that_diverged_is_not_tried_again(tmp_path, monkeypatch)
     model = torch.nn.Identity()
     job = Job(Setting("lora"), plain_subject("a"), 0.5, 0)
     args = Namespace(out=tmp_path, epochs=1, gradient_checkpointing=False)
-    study = Study(Namespace(transformer=model), None, None, [job.subject], args)
+    study = Study(Namespace(transformer=model, defaults={}, resolution=16, multiple=4), None, None, [job.subject], args)
 
     def diverge(*_, **__):
         raise Diverged("the loss became nan")

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dit import finetune
+from dit import train as training
 from dit.cli import load_pipeline
 from sparsecode import read_header
 from sparsecode.common import UserError
@@ -98,7 +99,7 @@ def test_the_command(options, tmp_path):
 
 
 def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monkeypatch, quick):
-    parts, real = [], finetune.train
+    parts, real = [], training.train
 
     def load(args):
         pipe = load_pipeline(args)
@@ -110,7 +111,7 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
         return real(*args)
 
     monkeypatch.setattr(finetune, "load_pipeline", load)
-    monkeypatch.setattr(finetune, "train", train_alone)
+    monkeypatch.setattr(training, "train", train_alone)
     train(options, tmp_path / "run")
     assert parts
 
@@ -125,7 +126,7 @@ def test_training_follows_the_schedule_of_the_weights(tiny, pictures, options, t
     assert (read_losses(tmp_path / "run") != read_losses(tmp_path / "other")).all()
 
 
-@pytest.mark.parametrize("optimizer", finetune.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_training_lowers_the_loss(options, tmp_path, quick, optimizer):
     options = [*options, "--optimizer", optimizer, "--lr", "0.01", "--epochs", "20"]
     train(options, tmp_path / "still", "--lr", 1e-12)
@@ -148,7 +149,9 @@ def test_other_ways_to_train(options, tmp_path, quick, more):
     assert not same
 
 
-def test_the_learning_rate_is_held_and_then_falls(options, tmp_path, quick, monkeypatch):
+@pytest.mark.parametrize("schedule", [None, "constant", "inverse"])
+def test_the_learning_rate(options, tmp_path, quick, monkeypatch, schedule):
+    """Constant, as the paper's, where nothing is said; or held, and then as 1/step. The header says which."""
     rates = []
 
     class Recorder(torch.optim.AdamW):
@@ -156,10 +159,14 @@ def test_the_learning_rate_is_held_and_then_falls(options, tmp_path, quick, monk
             rates.append(self.param_groups[0]["lr"])
             super().step()
 
-    monkeypatch.setitem(finetune.OPTIMIZERS, "adamw", Recorder)
-    monkeypatch.setattr(finetune, "HOLD", 26)
-    train(options, tmp_path / "run", "--lr", 0.03, "--epochs", 5, "--repeats", 2)  # 30 steps
-    assert rates == pytest.approx([0.03] * 26 + [0.03 * 26 / step for step in (27, 28, 29, 30)])
+    monkeypatch.setitem(training.OPTIMIZERS, "adamw", Recorder)
+    monkeypatch.setattr(training, "HOLD", 26)
+    more = ["--lr-schedule", schedule] if schedule else []
+    train(options, tmp_path / "run", "--lr", 0.03, "--epochs", 5, "--repeats", 2, *more)  # 30 steps
+    falling = [0.03 * 26 / step for step in (27, 28, 29, 30)] if schedule == "inverse" else [0.03] * 4
+    assert rates == pytest.approx([0.03] * 26 + falling)
+    notes = read_header(tmp_path / "run" / "adapter.safetensors")["notes"]
+    assert notes["lr_schedule"] == (schedule or "constant")
 
 
 def test_the_orthogonality_penalty(options, tmp_path, quick):
@@ -186,7 +193,7 @@ def test_lr_of_each_optimizer(options, tmp_path, quick):
 
 
 def test_an_epoch_visits_each_picture_as_often_as_the_others():
-    order = finetune.visiting_order(3, epochs=4, repeats=5, seed=0)
+    order = training.visiting_order(3, epochs=4, repeats=5, seed=0)
     for epoch in order.reshape(4, 15):
         assert np.bincount(epoch).tolist() == [5, 5, 5]
     assert len({tuple(epoch) for epoch in order.reshape(4, 15)}) == 4
@@ -237,14 +244,14 @@ def die(*_, **__):
 def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch, quick, moment, optimizer):
     options = [*options, "--optimizer", optimizer, "--checkpoint-every", "2"]  # of 6 steps
     undisturbed = train(options, tmp_path / "undisturbed")
-    out, real = tmp_path / "run", finetune.training_loss
+    out, real = tmp_path / "run", training.training_loss
     steps = {"no checkpoint": 1, "a checkpoint": 3, "between checkpoints": 4}
 
-    def dying_loss(model, data, order, visits, *rest):
-        return die() if visits[0] == steps[moment] else real(model, data, order, visits, *rest)
+    def dying_loss(pipe, data, order, visits, seed):
+        return die() if visits[0] == steps[moment] else real(pipe, data, order, visits, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, *(("training_loss", dying_loss) if moment in steps else (moment, die)))
+        patch.setattr(*((training, "training_loss", dying_loss) if moment in steps else (finetune, moment, die)))
         with pytest.raises(Killed):
             train(options, out)
     if out.exists():
@@ -277,7 +284,7 @@ def test_sigkill(options, tmp_path, quick):
 @pytest.fixture
 def stopped(options, tmp_path, monkeypatch, quick):
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_adapter", die)
+        patch.setattr(training, "save_adapter", die)
         with pytest.raises(Killed):
             train(options, tmp_path / "stopped")
     return tmp_path / "stopped"
@@ -331,9 +338,9 @@ MISTAKES = {
     "--target (": "is no regular expression",
     "--threshold soft": "give a lam",
     "--lam 0.1": "lam=0.1 has no meaning for top_k",
-    "--threshold soft --lam 0.1 --density 0.1": "does not use --density",
-    "--method lora --atoms 8": "does not use --atoms",
-    "--method oft --threshold top_k": "does not use --threshold",
+    "--threshold soft --lam 0.1 --density 0.1": "does not use a density but lam",
+    "--method lora --atoms 8": "lora has no option atoms; it has r, alpha",
+    "--method oft --threshold top_k": "oft has no option threshold",
     "--resolution 18": "not a multiple of 4",
     "--resolution 0": "above 0",
     "--epochs 0": "above 0",
@@ -343,7 +350,7 @@ MISTAKES = {
     "--seed -1": "0 or more",
     "--orthogonality -1": "0 or more",
     "--orthogonality inf": "0 or more",
-    "--method lora --orthogonality 1": "--method lora does not use --orthogonality",
+    "--method lora --orthogonality 1": "lora has no atoms",
     "--lr 1e30": "the loss became",
     "--unknown": "unrecognized",
 }
@@ -402,14 +409,14 @@ def test_a_full_disk(options, tmp_path, quick, mistake):
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(options, tmp_path, monkeypatch, quick):
-    out, real = tmp_path / "run", finetune.training_loss
+    out, real = tmp_path / "run", training.training_loss
 
-    def broken(model, data, order, visits, *rest):
-        return real(model, data, order, visits, *rest) * (float("nan") if visits[0] == 5 else 1)
+    def broken(pipe, data, order, visits, seed):
+        return real(pipe, data, order, visits, seed) * (float("nan") if visits[0] == 5 else 1)
 
     options = [*options, "--checkpoint-every", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "training_loss", broken)
+        patch.setattr(training, "training_loss", broken)
         with pytest.raises(UserError, match="the loss became nan at step 5; .*checkpoint.pt keeps an earlier step"):
             train(options, out)
     assert os.listdir(out) == ["checkpoint.pt"]

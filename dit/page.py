@@ -1,6 +1,6 @@
 """A page about the most important atoms of an adapter: when each acts, where, and what the picture is without it.
 
-    python -m dit.atoms --adapter runs/robot/adapter.safetensors --out atoms.html
+    python -m dit.page --adapter runs/robot/adapter.safetensors --out atoms.html
 
 The page needs nothing but itself: pictures are inside it, and there are no scripts. The adapter must be a sparse one.
 """
@@ -167,7 +167,7 @@ def page(pipe, prompt, noise, n, **options):
 
 
 def parse(argv=None):
-    parser = Parser(prog="python -m dit.atoms", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dit.page", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="sparse adapter.safetensors of dit.finetune")

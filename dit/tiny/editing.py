@@ -33,7 +33,7 @@ class SubjectPicture:
         """Every other background, and every other of five places: list of (prompt, background, place)."""
         scenes = [(other, self.place) for other in BACKGROUNDS if other != self.background]
         scenes += [(self.background, other) for other in PROMPT_PLACES if other != self.place]
-        return [(subject_caption(self.name, background, self.size, place), background, place) for background, place in scenes]
+        return [(subject_caption(self.name, scene[0], self.size, scene[1]), *scene) for scene in scenes]
 
     def kept(self, images, place, reach=3):
         """How much of the subject is left at a place: the correlation of its pixels with those there, 1 for all of it.

@@ -17,7 +17,7 @@ from dit.pictures import draw_table, save_each, to_pil
 from dit.sample import atom_count, variants
 from dit.train import TrainConfig, teach
 from sparsecode import detach, load_adapter
-from sparsecode.common import remove_leftovers
+from sparsecode.common import locked, remove_leftovers
 
 EPOCHS = 60  # the paper's, on one picture (§4.1); a model's own come from its defaults.json
 METHODS = ("lora", "sparse")

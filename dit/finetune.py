@@ -144,13 +144,13 @@ def save_results(pipe, images, prompts, losses, args):
     write_csv(losses, out / "training.csv")
     plot_losses(losses, out / "loss.png")
     trained = sum(parameter.numel() for parameter in trainable(model))
-    after = draw_prompts(pipe, prompts, args.samples, images.shape[-1])
+    after = draw_prompts(pipe, prompts, args.samples, images.shape[-1]) if args.samples else []
     detach(model)
-    before = draw_prompts(pipe, prompts, args.samples, images.shape[-1])
-    rows = [("training pictures", to_pil(images[: args.samples]))]
-    for prompt, base, adapted in zip(prompts, before, after):
-        rows += [(f"before: {prompt}", base), (f"after: {prompt}", adapted)]
     if args.samples:
+        before = draw_prompts(pipe, prompts, args.samples, images.shape[-1])
+        rows = [("training pictures", to_pil(images[: args.samples]))]
+        for prompt, base, adapted in zip(prompts, before, after):
+            rows += [(f"before: {prompt}", base), (f"after: {prompt}", adapted)]
         save_each(rows[1:], out / "pictures")
         save_picture(grid(rows, min(512, max(128, images.shape[-1]))), out / "before_after.png")
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -82,7 +82,8 @@ def test_the_command(options, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     out = tmp_path / "run"
     assert result.stdout.startswith("trained 512 parameters beside ") and f"{out}/before_after.png" in result.stdout
-    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "loss.png", "pictures", "training.csv"]
+    files = ["adapter.safetensors", "before_after.png", "loss.png", "pictures", "training.csv"]
+    assert sorted(os.listdir(out)) == files
     header = read_header(out / "adapter.safetensors")
     assert header["prompt"] == "a red robot" and header["method"] == "sparse"
     assert header["options"] == {"target": "attn1", "atoms": 8, "threshold": "top_k", "density": 0.25,
@@ -258,8 +259,8 @@ def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch
         patch.setattr(*((training, "training_loss", dying_loss) if moment in steps else (finetune, moment, die)))
         with pytest.raises(Killed):
             train(options, out)
-    if out.exists():
-        (out / ".123.checkpoint.pt").write_bytes(b"half")  # as a kill while writing leaves it
+    if (out / "checkpoint.pt").exists():
+        (out / ".99999999.checkpoint.pt").write_bytes(b"half")  # as a kill while writing leaves it
         with pytest.raises(UserError, match="add --resume"):
             train(options, out)
     resumed = train(options, out, "--resume")
@@ -424,7 +425,7 @@ run(finetune.main)
     result = subprocess.run(**line, capture_output=True, text=True)
     assert result.returncode != 0
     assert result.stderr.count("error: the second process is unwell") == 1
-    assert "Traceback" not in result.stderr.split("torch.distributed.elastic")[0]
+    assert result.stderr.count("Traceback") == 1  # torchrun's own
 
 
 # ---- mistakes ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_each, save_picture
-from sparsecode import keep_atoms, load_adapter, set_density
+from sparsecode import adapters, keep_atoms, load_adapter, set_density
 from sparsecode.common import UserError
 
 
@@ -43,16 +43,21 @@ def parse(argv=None):
 
 def variants(model, densities=None, counts=None):
     """Set the adapter of `model` in each way, by density and by number of atoms, and yield words for it."""
+    own = densities and next(iter(adapters(model).values())).options.get("density")
     for density in densities or [None]:
         for atoms in counts or [None]:
             words = []
-            if density is not None:
-                set_density(model, density)
-                words.append(f"density {density}")
             if atoms is not None:
+                if density is not None:
+                    set_density(model, own)  # with which the use of the atoms was measured
                 keep_atoms(model, atoms)
                 words.append(f"{atoms} atoms")
+            if density is not None:
+                set_density(model, density)
+                words.insert(0, f"density {density}")
             yield ", ".join(words)
+    if densities:
+        set_density(model, own)
 
 
 def sample(pipe, args):

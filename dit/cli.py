@@ -70,6 +70,8 @@ def load_pipeline(args):
 
 def run(main):
     """Call `main()`; print a mistake, or a file that cannot be read or written, as one line and exit with status 2."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.reconfigure(errors="replace")  # where ρ cannot be shown, "?" is
     try:
         main()
         parallel.stop()

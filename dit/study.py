@@ -11,12 +11,10 @@ rest.
 import json
 import math
 import statistics
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -267,12 +265,3 @@ class Study:
 def spread(items):
     """Up to SHOWN of them, evenly from all."""
     return items[:: math.ceil(len(items) / SHOWN)]
-
-
-def weights_checksum(model):
-    """Changes with every name and every bit of the parameters."""
-    checksum = 0
-    for name, parameter in model.named_parameters():
-        numbers = parameter.detach().cpu().flatten().view(torch.uint8).numpy()
-        checksum = zlib.crc32(numbers, zlib.crc32(name.encode(), checksum))
-    return checksum

@@ -132,6 +132,13 @@ def save_picture(image, path):
         image.save(temporary)
 
 
+def save_each(rows, folder):
+    """Every picture of rows of (label, list of PIL images) at its own size, as folder/ROW-COLUMN.png."""
+    for i, (_, images) in enumerate(rows, start=1):
+        for j, image in enumerate(images, start=1):
+            save_picture(image, Path(folder) / f"{i}-{j}.png")
+
+
 def save_figure(figure, path, dpi=120):
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=dpi)

@@ -709,6 +709,8 @@ MISTAKES = {
     "--clip {tmp}/absent": "is not a folder",
     "--clip {tmp}/no_list": "cannot be read as a CLIPModel",
     "--dino {tmp}/absent": "is not a folder",
+    "--image-reward {tmp}/absent": "is not a folder",
+    "--image-reward {tmp}/no_list": "med_config.json cannot be read",
     "--weights {tmp}/absent": "is not a folder",
     "--weights {tmp}": "has no folder transformer/",
     "--device cuda:99": "cannot be used",

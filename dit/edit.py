@@ -3,25 +3,26 @@
     python -m dit.edit --image lessons/data/subjects/robot/01.png --edit "a robot in the middle on a green background"
 
 Writes sparse.safetensors, lora.safetensors and edit.png into --out: a row for the base model, for LoRA, for the sparse
-adapter as trained, and for each --density and each number of atoms (Fig. 3, 5, 6); a column for each prompt. What --out
-holds of an earlier call is not trained again, so other edits, densities and atoms cost their drawing alone.
+adapter as trained, and for each --density and each number of atoms (Fig. 3, 5, 6); a column for each prompt. Its
+pictures at full size are pictures/ROW-COLUMN.png. What --out holds of an earlier call is not trained again, so other
+edits, densities and atoms cost their drawing alone.
 """
 
 from pathlib import Path
 
-from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_folder, load_pipeline, run, seed, unicode, whole
 from dit.data import find_captions, load_images
 from dit.diffusion import sampling_timesteps
-from dit.finetune import check_folder
-from dit.pictures import draw_table, to_pil
+from dit.pictures import draw_table, save_each, to_pil
 from dit.sample import atom_count, variants
 from dit.train import TrainConfig, teach
 from sparsecode import detach, load_adapter
+from sparsecode.common import locked, remove_leftovers
 
 EPOCHS = 60  # the paper's, on one picture (§4.1); a model's own come from its defaults.json
 METHODS = ("lora", "sparse")
 EXPECTED = "expect less of the subject, and more of what the base model draws, with fewer or sparser atoms"
-OUTPUTS = {"lora.safetensors", "sparse.safetensors", "lora.pt", "sparse.pt", "edit.png"}
+OUTPUTS = {"lora.safetensors", "sparse.safetensors", "lora.pt", "sparse.pt", "edit.png", "pictures"}
 
 
 def draw(pipe, prompts, noise, name, adapter=None, density=None, keep_atoms=None, **options):
@@ -71,25 +72,29 @@ def configs(pipe, args):
 
 
 def edit(pipe, args):
-    """Train both adapters, unless --out has them, and return the rows of edit.png."""
+    """Train both adapters, unless --out has them, draw, and return the rows of edit.png."""
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     picture = load_images([args.image], pipe.resolution)  # (1, 3, H, W)
     (caption,) = find_captions([args.image], args.prompt)
     settings = configs(pipe, args)
     prompts = list(dict.fromkeys([caption, *args.edit]))
-    pipe.encode_prompt(["", *prompts])  # remembered, so that T5 can go
     noise = pipe.noise(args.seed)  # (seeds, 4, h, w)
     files = {method: args.out / f"{method}.safetensors" for method in METHODS}
-    for method, file in files.items():
-        teach(pipe, [args.image], [caption], file, settings[method])
+    with locked(args.out):
+        remove_leftovers(args.out)
+        pipe.encode_prompt(["", *prompts])  # remembered, so that T5 can go
+        for method, file in files.items():
+            teach(pipe, [args.image], [caption], file, settings[method])
 
-    ways = [{"name": "base model"}, {"name": "LoRA", "adapter": files["lora"]}]
-    ways += [{"name": "sparse", "adapter": files["sparse"]}]
-    ways += [{**ways[-1], "density": args.density}] if args.density else []
-    ways += [{**ways[2], "keep_atoms": args.keep_atoms}] if args.keep_atoms else []
-    rows = [("training picture", {caption: to_pil(picture)})]
-    for way in ways:
-        rows += draw(pipe, prompts, noise, steps=args.steps, guidance=args.guidance, **way)
+        ways = [{"name": "base model"}, {"name": "LoRA", "adapter": files["lora"]}]
+        ways += [{"name": "sparse", "adapter": files["sparse"]}]
+        ways += [{**ways[-1], "density": args.density}] if args.density else []
+        ways += [{**ways[2], "keep_atoms": args.keep_atoms}] if args.keep_atoms else []
+        rows = [("training picture", {caption: to_pil(picture)})]
+        for way in ways:
+            rows += draw(pipe, prompts, noise, steps=args.steps, guidance=args.guidance, **way)
+        draw_table(rows, args.out / "edit.png", "fine-tuned on one picture, then drawn from changed prompts")
+        save_each([(label, sum(drawn.values(), [])) for label, drawn in rows], args.out / "pictures")
     return rows
 
 
@@ -97,7 +102,6 @@ def main(argv=None):
     args = parse(argv)
     check_folder(args.out, OUTPUTS)
     rows = edit(load_pipeline(args), args)
-    draw_table(rows, args.out / "edit.png", "fine-tuned on one picture, then drawn from changed prompts")
     print(f"{len(rows) - 1} rows in {args.out}/edit.png: {EXPECTED}")
 
 

@@ -3,31 +3,30 @@
     python -m dit.finetune --images lessons/data/subjects/robot
 
 Prompt and pictures are encoded once; then only the adapter is trained, on  ‖ε(x_t, t, prompt) − ε‖²  at random t.
-Writes adapter.safetensors, training.csv, loss.png and before_after.png into --out.
+Writes adapter.safetensors, training.csv, loss.png, before_after.png and its pictures at full size into --out.
 """
 
 import argparse
 import csv
 import math
-import os
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from dit import parallel
-from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_folder, load_pipeline, positive, run, seed, unicode, whole
 from dit.data import find_captions, find_pictures, load_images
-from dit.pictures import grid, save_figure, save_picture, to_pil
+from dit.pictures import grid, save_each, save_figure, save_picture, to_pil
 from dit.train import OPTIMIZERS, SCHEDULES, Checkpoint, TrainConfig, fingerprint, fit
 from sparsecode import detach, trainable
 from sparsecode.attach import METHODS
-from sparsecode.common import UserError, replacing
+from sparsecode.common import UserError, locked, remove_leftovers, replacing
 
-OUTPUTS = ("adapter.safetensors", "training.csv", "loss.png", "before_after.png", "checkpoint.pt")
+OUTPUTS = ("adapter.safetensors", "training.csv", "loss.png", "before_after.png", "pictures", "checkpoint.pt")
 OPTIONS = ("atoms", "density", "threshold", "lam", "order")  # of the sparse method
 CONFIGURED = {f.name for f in fields(TrainConfig)} | set(OPTIONS)  # what goes into a TrainConfig
-SEEDS = (0, 1, 2, 3, 4)  # of the pictures before and after
 SHOWN_CAPTIONS = 3  # of the training pictures' captions, in before_after.png
 
 
@@ -55,10 +54,10 @@ def plot_losses(losses, path):
     save_figure(figure, path)
 
 
-def draw_prompts(pipe, prompts, resolution):
-    """A list of pictures for each prompt, one for each of SEEDS."""
-    noise = pipe.noise(SEEDS, resolution, resolution)  # (5, 4, h, w)
-    return [pipe.generate([prompt] * len(SEEDS), latents=noise) for prompt in prompts]
+def draw_prompts(pipe, prompts, n, resolution):
+    """A list of n pictures for each prompt, from the seeds 0, 1, …"""
+    noise = pipe.noise(range(n), resolution, resolution)  # (n, 4, h, w)
+    return [pipe.generate([prompt] * n, latents=noise) for prompt in prompts]
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -96,24 +95,18 @@ def parse(argv=None):
     add("--random-flip", action="store_true", help="train on mirror images as well")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     add("--seed", type=seed, default=0)
-    add("--out", type=Path, help="folder for the results (runs/NAME)")
+    add("--compile", action="store_true", help="compile the model: minutes at the start, faster steps on a GPU")
+    add("--out", type=Path, help="folder for the results (runs/NAME; runs/NAME-METHOD unless sparse)")
+    add("--samples", type=int, default=5, help="pictures of each prompt, before and after; 0 for none")
     add("--validation-prompt", type=unicode, nargs="+", default=[], metavar="PROMPT", help="more prompts to draw")
     add("--checkpoint-every", type=whole, default=100, help="steps")
     add("--resume", action="store_true", help="go on with the run in --out")
     args = parser.parse_args(argv)
-    args.out = args.out or Path("runs") / Path(args.images[0]).resolve().stem
+    if not 0 <= args.samples <= 100:
+        raise UserError(f"--samples {args.samples}; give a number from 0 to 100")
+    name = Path(args.images[0]).resolve().stem
+    args.out = args.out or Path("runs") / (name if args.method == "sparse" else f"{name}-{args.method}")
     return args
-
-
-def check_folder(out, outputs):
-    """The names of the files in a folder; refused if it cannot be written or holds others than `outputs`."""
-    there = next(path for path in (out, *out.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out} cannot be made: {there} is no folder that you may write to")
-    present = {file.name for file in out.iterdir() if not file.name.startswith(".")} if out.exists() else set()
-    if foreign := sorted(present - set(outputs)):
-        raise UserError(f"--out {out} holds other files ({foreign[0]}); name a new or empty folder")
-    return present
 
 
 def check_out(out, resume):
@@ -125,13 +118,6 @@ def check_out(out, resume):
         raise UserError(f"--out {out} holds an unfinished run; add --resume to go on with it, or name another folder")
 
 
-def remove_leftovers(out):
-    """Remove the temporary files of a run that was killed while it wrote."""
-    for name in OUTPUTS:
-        for file in out.glob(f".[0-9]*.{name}"):
-            file.unlink()
-
-
 def finetune(pipe, files, captions, args):
     """The whole run: encode, free, train, save, draw. The first mistake ends it before anything is written."""
     given = {name: value for name, value in vars(args).items() if name in CONFIGURED}
@@ -140,30 +126,36 @@ def finetune(pipe, files, captions, args):
     detach(pipe.transformer)
     images = load_images(files, config.resolution)  # (n, 3, H, W)
     settings = fingerprint(pipe, images, captions, config)
-    checkpoint = Checkpoint(args.out / "checkpoint.pt", settings, args.checkpoint_every)
-    prompts = list(dict.fromkeys(captions))[:SHOWN_CAPTIONS] + args.validation_prompt
-    losses = fit(pipe, images, captions, config, args.out / "adapter.safetensors", checkpoint, prompts)
-    if parallel.rank() == 0:
-        remove_leftovers(args.out)
-        save_results(pipe, images, prompts, losses, args.out)
-        checkpoint.file.unlink()  # now the run is finished
+    prompts = list(dict.fromkeys(captions))[:SHOWN_CAPTIONS] + args.validation_prompt if args.samples else []
+    file = args.out / "checkpoint.pt"
+    checkpoint = Checkpoint(file, settings, args.checkpoint_every)  # refuses that of another run
+    with locked(args.out) if parallel.rank() == 0 else nullcontext():
+        if parallel.rank() == 0:
+            check_out(args.out, args.resume)  # another run may have been here meanwhile
+            remove_leftovers(args.out)
+        losses = fit(pipe, images, captions, config, args.out / "adapter.safetensors", checkpoint, prompts)
+        if parallel.rank() == 0:
+            save_results(pipe, images, prompts, losses, args)
+            file.unlink()  # now the run is finished
 
 
-def save_results(pipe, images, prompts, losses, out):
+def save_results(pipe, images, prompts, losses, args):
+    model, out = pipe.transformer, args.out
     write_csv(losses, out / "training.csv")
     plot_losses(losses, out / "loss.png")
-
-    model, resolution = pipe.transformer, images.shape[-1]
     trained = sum(parameter.numel() for parameter in trainable(model))
-    after = draw_prompts(pipe, prompts, resolution)
+    after = draw_prompts(pipe, prompts, args.samples, images.shape[-1]) if args.samples else []
     detach(model)
+    if args.samples:
+        before = draw_prompts(pipe, prompts, args.samples, images.shape[-1])
+        rows = [("training pictures", to_pil(images[: args.samples]))]
+        for prompt, base, adapted in zip(prompts, before, after):
+            rows += [(f"before: {prompt}", base), (f"after: {prompt}", adapted)]
+        save_each(rows[1:], out / "pictures")
+        save_picture(grid(rows, min(512, max(128, images.shape[-1]))), out / "before_after.png")
     total = sum(parameter.numel() for parameter in model.parameters())
-    before = draw_prompts(pipe, prompts, resolution)
-    rows = [("training pictures", to_pil(images[: len(SEEDS)]))]
-    for prompt, base, adapted in zip(prompts, before, after):
-        rows += [(f"before: {prompt}", base), (f"after: {prompt}", adapted)]
-    save_picture(grid(rows), out / "before_after.png")
-    print(f"trained {trained:,} parameters beside {total:,} in {len(losses)} steps; see {out}/before_after.png")
+    seen = out / ("before_after.png" if args.samples else "loss.png")
+    print(f"trained {trained:,} parameters beside {total:,} in {len(losses)} steps; see {seen}")
 
 
 def main(argv=None):

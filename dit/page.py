@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import to_tensor
 from sparsecode import adapters, importance, keep_atoms, load_adapter, read_header, record_maps, top_atoms
@@ -184,6 +184,7 @@ def parse(argv=None):
         raise UserError(f"{args.out} does not end like a page; name it something.html")
     if args.out.is_dir():
         raise UserError(f"{args.out} is a folder; name a file")
+    check_place(args.out.absolute().parent)
     return args
 
 

@@ -104,10 +104,10 @@ def draw_table(rows, path, title, dpi=150):
             axes.spines[:].set_visible(False)
             if prompt in pictures:
                 axes.imshow(side_by_side(pictures[prompt]))
-        cells[0].set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize=8)
+        cells[0].set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
     for axes, prompt, count in zip(table[0], prompts, counts):
-        axes.set_title(textwrap.fill(prompt, 13 * count), fontsize=8, loc="left")
-    figure.suptitle(textwrap.fill(title, round(11 * width)), fontsize=10)
+        axes.set_title(textwrap.fill(prompt, 13 * count), fontsize=8, loc="left", parse_math=False)
+    figure.suptitle(textwrap.fill(title, round(11 * width)), fontsize=10, parse_math=False)
     save_figure(figure, path, dpi)
 
 
@@ -130,6 +130,13 @@ def check_picture_path(path):
 def save_picture(image, path):
     with replacing(path) as temporary:
         image.save(temporary)
+
+
+def save_each(rows, folder):
+    """Every picture of rows of (label, list of PIL images) at its own size, as folder/ROW-COLUMN.png."""
+    for i, (_, images) in enumerate(rows, start=1):
+        for j, image in enumerate(images, start=1):
+            save_picture(image, Path(folder) / f"{i}-{j}.png")
 
 
 def save_figure(figure, path, dpi=120):

@@ -6,9 +6,9 @@ python -m dit.sample "a robot on a red background" --adapter runs/robot/adapter.
 
 from pathlib import Path
 
-from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
-from dit.pictures import check_picture_path, grid, save_picture
+from dit.pictures import check_picture_path, grid, save_each, save_picture
 from sparsecode import adapters, keep_atoms, load_adapter, set_density
 from sparsecode.common import UserError
 
@@ -31,11 +31,13 @@ def parse(argv=None):
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
     add("--height", type=whole)
     add("--width", type=whole)
-    add("--out", type=Path, default=Path("sample.png"))
+    add("--compile", action="store_true", help="compile the model: minutes at the start, faster on a GPU")
+    add("--out", type=Path, default=Path("sample.png"), help="one picture; or a grid, and a folder of its pictures")
     args = parser.parse_args(argv)
     if args.adapter is None and (args.density or args.keep_atoms):
         raise UserError("--density and --keep-atoms choose atoms of an adapter; name one with --adapter")
     check_picture_path(args.out)
+    check_place(args.out.parent / args.out.stem)
     return args
 
 
@@ -64,6 +66,8 @@ def sample(pipe, args):
     model, ways = pipe.transformer, (args.density, args.keep_atoms)
     if args.adapter:
         load_adapter(model, args.adapter)
+    if args.compile:
+        model.compile()
     list(variants(model, *ways))  # a density or number of atoms that cannot be is refused before any work
     noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
     pipe.encode_prompt(["", *args.prompts])
@@ -81,9 +85,13 @@ def sample(pipe, args):
 def main(argv=None):
     args = parse(argv)
     rows = sample(load_pipeline(args), args)
-    side = min(256, max(128, *rows[0][1][0].size))
-    save_picture(grid(rows, side), args.out)
-    print(f"{len(rows)} rows of {len(args.seed)} pictures in {args.out}")
+    if len(rows) == len(args.seed) == 1:
+        save_picture(rows[0][1][0], args.out)
+        print(f"the picture is {args.out}")
+        return
+    save_each(rows, args.out.parent / args.out.stem)
+    save_picture(grid(rows, min(512, max(128, *rows[0][1][0].size))), args.out)
+    print(f"{len(rows)} rows of {len(args.seed)} pictures in {args.out}; each at full size in {args.out.stem}/")
 
 
 if __name__ == "__main__":

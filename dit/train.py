@@ -55,6 +55,7 @@ class TrainConfig:
     resolution: int = 1024  # side of the training pictures in pixels
     random_flip: bool = False  # train on mirror images as well
     gradient_checkpointing: bool = False
+    compile: bool = False  # torch.compile: minutes at the start, faster steps on a GPU
     seed: int = 0
 
     @classmethod
@@ -130,6 +131,8 @@ def train(pipe, data, config, checkpoint=None):
     model = pipe.transformer
     config.attach(model)
     model.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile:
+        model.compile()
     parameters = trainable(model)
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.lr)
     losses = checkpoint.restore(model, optimizer) if checkpoint else []
@@ -185,9 +188,9 @@ def measure_usage(pipe, data, seed):
 
 
 class Checkpoint:
-    """Where a run stands, in a file: adapters, optimizer and losses, and what the run is (`fingerprint`).
+    """Where a run stands, in a file: adapters, optimizer, a loss for each step, and what the run is (`fingerprint`).
 
-    UserError if the file is there but cannot be read, or is that of another run.
+    UserError if the file is there but cannot be read, does not fit itself, or is that of another run.
     """
 
     def __init__(self, file, settings, every=100):
@@ -197,7 +200,8 @@ class Checkpoint:
     def _read(self):
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True)
-            then = state["settings"]
+            then = dict(state["settings"])
+            assert len(state["losses"]) == state["step"] and all(map(math.isfinite, state["losses"]))
         except Exception as error:  # torch raises many kinds
             reason = f"cannot be read as a checkpoint ({type(error).__name__})"
             raise UserError(f"{self.file} {reason}; remove it to start again") from None
@@ -212,17 +216,25 @@ class Checkpoint:
         """Put weights and moments in place, if there are any; returns the losses up to there."""
         if self.state is None:
             return []
-        for name, adapter in adapters(model).items():
-            adapter.load_state_dict(self.state["adapters"][name])
-        optimizer.load_state_dict(self.state["optimizer"])
+        try:
+            for name, adapter in adapters(model).items():
+                adapter.load_state_dict(self.state["adapters"][name])
+            optimizer.load_state_dict(self.state["optimizer"])
+        except (KeyError, ValueError, RuntimeError):
+            raise UserError(f"{self.file} does not fit the adapters here; remove it to start again") from None
         return self.state["losses"]
 
     def save(self, model, optimizer, losses):
         if parallel.rank() == 0:
             weights = {name: adapter.state_dict() for name, adapter in adapters(model).items()}
-            state = {"adapters": weights, "optimizer": optimizer.state_dict(), "losses": losses}
-            with replacing(self.file) as temporary, open(temporary, "wb") as opened:
-                torch.save({**state, "settings": self.settings}, opened)
+            state = {"adapters": weights, "optimizer": optimizer.state_dict(), "settings": self.settings}
+            state |= {"step": len(losses), "losses": losses}
+            try:
+                with replacing(self.file) as temporary, open(temporary, "wb") as opened:
+                    torch.save(state, opened)
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch's, on a full disk
+                reason = f"cannot be written ({type(error).__name__}); is the disk full?"
+                raise UserError(f"{self.file} {reason} An earlier one is kept") from None
 
 
 def fingerprint(pipe, images, captions, config):
@@ -230,8 +242,18 @@ def fingerprint(pipe, images, captions, config):
     settings = asdict(config)
     settings |= settings.pop("options")
     settings["images"] = f"{len(images)} pictures, checksum {zlib.crc32(images.numpy().tobytes())}, captions {captions}"
-    settings |= {"weights": pipe.folder.resolve(), "dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
+    settings |= {"dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
+    settings["weights"] = f"checksum {files_checksum(pipe.folder / 'transformer')}"  # not the path: folders are moved
     return {name: str(value) for name, value in settings.items()}
+
+
+def files_checksum(folder):
+    total = 0
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                total = zlib.crc32(block, total)
+    return total
 
 
 # ---- a whole run ------------------------------------------------------------------------------------------------

@@ -74,7 +74,8 @@ def wrap(model, method, sites, target, options):
         else:
             wrappers[site] = AdaptedLinear(base, METHODS[method](base, **options))
     for wrapper in wrappers.values():
-        wrapper.adapter.to(next(wrapper.base.parameters()).device)
+        if not any(value.is_meta for value in wrapper.adapter.parameters()):  # load_adapter gives those their place
+            wrapper.adapter.to(next(wrapper.base.parameters()).device)
         wrapper.adapter.target = target  # for save_adapter
     return wrappers
 

@@ -48,7 +48,7 @@ def test_the_command(options, tmp_path, capsys, monkeypatch):
     call(options, "--out", out)
     printed = capsys.readouterr()
     assert printed.out.startswith(f"6 rows in {out}/edit.png: ") and printed.out.count("\n") == 1 and not printed.err
-    assert sorted(os.listdir(out)) == ["edit.png", "lora.safetensors", "sparse.safetensors"]
+    assert sorted(os.listdir(out)) == ["edit.png", "lora.safetensors", "pictures", "sparse.safetensors"]
     for method in ("lora", "sparse"):
         header = read_header(out / f"{method}.safetensors")
         assert (header["method"], header["prompt"], header["notes"]["steps"]) == (method, "a robot", 2)
@@ -174,3 +174,24 @@ def test_mistakes(options, tmp_path, monkeypatch, arguments, mistake):
     out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
     assert MISTAKES[arguments] in mistake(edit, *options, *out, *words)
     assert os.listdir(tmp_path) == ["bare.png"]
+
+
+def test_a_picture_named_like_an_option(options, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for suffix in (".png", ".txt"):
+        (tmp_path / f"-dog{suffix}").write_bytes(photo.with_suffix(suffix).read_bytes())
+    more = ["--density", "--keep-atoms"]
+    for i, image in enumerate((["--image=-dog.png"], ["--image", "./-dog.png"])):
+        call([*options, *more], *image, "--out", tmp_path / f"{i}")
+        assert (tmp_path / f"{i}" / "edit.png").exists()
+
+
+def test_prompts_are_no_formulas(options, tmp_path):
+    call(options, "--out", tmp_path, "--prompt", r"a $\foo$ robot", "--edit", "$_$", "--density", "--keep-atoms")
+    assert (tmp_path / "edit.png").exists()
+
+
+def test_leftovers_of_a_killed_run_are_swept(options, tmp_path):
+    (tmp_path / ".99999999.lora.pt").write_bytes(b"half")
+    call(options, "--out", tmp_path, "--density", "--keep-atoms")
+    assert not list(tmp_path.glob(".*"))

@@ -17,11 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dit import finetune
 from dit import train as training
 from dit.cli import load_pipeline
+from dit.pipeline import Pipeline
 from sparsecode import read_header
 from sparsecode.common import UserError
 
@@ -59,7 +60,7 @@ def train(options, out, *more):
 def quick(monkeypatch):
     """No pictures and plots, for tests of the training alone."""
     monkeypatch.setattr(finetune, "plot_losses", lambda *_: None)
-    monkeypatch.setattr(finetune, "draw_prompts", lambda pipe, prompts, _: [[Image.new("RGB", (4, 4))]] * len(prompts))
+    monkeypatch.setattr(finetune, "draw_prompts", lambda pipe, prompts, *_: [[Image.new("RGB", (4, 4))]] * len(prompts))
 
 
 def read_losses(out):
@@ -81,7 +82,8 @@ def test_the_command(options, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     out = tmp_path / "run"
     assert result.stdout.startswith("trained 512 parameters beside ") and f"{out}/before_after.png" in result.stdout
-    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "loss.png", "training.csv"]
+    files = ["adapter.safetensors", "before_after.png", "loss.png", "pictures", "training.csv"]
+    assert sorted(os.listdir(out)) == files
     header = read_header(out / "adapter.safetensors")
     assert header["prompt"] == "a red robot" and header["method"] == "sparse"
     assert header["options"] == {"target": "attn1", "atoms": 8, "threshold": "top_k", "density": 0.25,
@@ -96,6 +98,9 @@ def test_the_command(options, tmp_path):
     with Image.open(out / "loss.png") as plot, Image.open(out / "before_after.png") as pictures:
         assert plot.width > 300
         assert pictures.height > 7 * 128  # training pictures, and two rows for each of three captions
+    assert len(os.listdir(out / "pictures")) == 6 * 5
+    with Image.open(out / "pictures" / "6-5.png") as picture:
+        assert picture.size == (16, 16)
 
 
 def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monkeypatch, quick):
@@ -254,8 +259,8 @@ def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch
         patch.setattr(*((training, "training_loss", dying_loss) if moment in steps else (finetune, moment, die)))
         with pytest.raises(Killed):
             train(options, out)
-    if out.exists():
-        (out / ".123.checkpoint.pt").write_bytes(b"half")  # as a kill while writing leaves it
+    if (out / "checkpoint.pt").exists():
+        (out / ".99999999.checkpoint.pt").write_bytes(b"half")  # as a kill while writing leaves it
         with pytest.raises(UserError, match="add --resume"):
             train(options, out)
     resumed = train(options, out, "--resume")
@@ -263,7 +268,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
     assert read_header(out / "adapter.safetensors") == read_header(tmp_path / "undisturbed" / "adapter.safetensors")
     assert (out / "training.csv").read_text() == (tmp_path / "undisturbed" / "training.csv").read_text()
-    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "training.csv"]
+    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "pictures", "training.csv"]
     with pytest.raises(UserError, match="finished run"):
         train(options, out, "--resume")
 
@@ -303,10 +308,124 @@ def test_what_may_change_when_a_run_goes_on(options, stopped):
     train(options, stopped, "--resume", "--atoms", 8, "--checkpoint-every", 1, "--validation-prompt", "a star")
 
 
-def test_a_damaged_checkpoint(options, stopped):
-    (stopped / "checkpoint.pt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+def losses_cut(state):
+    state["losses"].pop()
+
+
+def losses_not_numbers(state):
+    state["losses"][0] = float("nan")
+
+
+def an_adapter_lost(state):
+    state["adapters"].popitem()
+
+
+@pytest.mark.parametrize("damage", [None, losses_cut, losses_not_numbers, an_adapter_lost])
+def test_a_damaged_checkpoint(options, stopped, damage):
+    file = stopped / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    if damage:
+        damage(state)
+        torch.save(state, file)
+    else:
+        file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint|does not fit the adapters"):
         train(options, stopped, "--resume")
+    assert os.listdir(stopped) == ["checkpoint.pt"]
+
+
+def test_moved_weights_are_known_and_changed_ones_too(tiny, pictures, options, stopped, tmp_path):
+    """A run knows its weights by their content, not by their path."""
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    changed = shutil.copytree(tiny, tmp_path / "changed")
+    file = changed / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_out.bias"][0] += 0.01
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="belongs to a run with --weights "):
+        train([*options, "--weights", changed], stopped, "--resume")
+    train([*options, "--weights", moved], stopped, "--resume")
+
+
+# ---- two runs, a full disk, the GPU ------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder(options, tmp_path, quick, monkeypatch, mistake):
+    out, real = tmp_path / "run", training.fit
+
+    def meanwhile(*args):
+        result = subprocess.run(**command(*options, "--out", out, "--resume"), capture_output=True, text=True)
+        assert result.returncode == 2 and f"another run is writing to {out}" in result.stderr, result.stderr
+        return real(*args)
+
+    monkeypatch.setattr(finetune, "fit", meanwhile)
+    train(options, out)
+
+
+def test_the_default_out_says_the_method():
+    assert finetune.parse(["--images", "x/robot"]).out == Path("runs/robot")
+    assert finetune.parse(["--images", "x/robot", "--method", "oft"]).out == Path("runs/robot-oft")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail at inline_container.cc]"), OSError(28, "No space left")])
+def test_a_checkpoint_that_does_not_fit_on_the_disk(options, tmp_path, quick, monkeypatch, mistake, error):
+    """The line names the file, and the earlier checkpoint stays as it was."""
+    out, real, saved = tmp_path / "run", torch.save, []
+
+    def save(state, file):
+        if saved:
+            file.write(b"half")
+            raise error
+        saved.append(state["step"])
+        real(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        line = mistake(finetune, *options, "--out", out, "--checkpoint-every", 2)
+    assert f"{out}/checkpoint.pt cannot be written" in line
+    assert os.listdir(out) == ["checkpoint.pt"]
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == saved[0] == 2
+
+
+def test_a_full_gpu_is_one_line(options, tmp_path, quick, monkeypatch, mistake):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 24 GiB")
+
+    monkeypatch.setattr(training, "training_loss", full)
+    line = mistake(finetune, *options, "--out", tmp_path / "run")
+    assert "Tried to allocate 2.00 GiB" in line and "--gradient-checkpointing" in line and "--batch-size" in line
+
+
+def test_no_samples(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("drawn"))
+    train(options, tmp_path / "run", "--samples", 0)
+    assert sorted(os.listdir(tmp_path / "run")) == ["adapter.safetensors", "loss.png", "training.csv"]
+    assert capsys.readouterr().out.endswith("loss.png\n")
+
+
+def test_an_error_of_one_process_is_told_once(options, tmp_path):
+    """Rank 1 alone meets it: torchrun's own words aside, one line says what it was."""
+    script = tmp_path / "run.py"
+    script.write_text("""
+from dit import finetune, parallel, train
+from dit.cli import run
+from sparsecode.common import UserError
+real = train.training_loss
+def broken(*args):
+    if parallel.rank() == 1:
+        raise UserError("the second process is unwell")
+    return real(*args)
+train.training_loss = broken
+run(finetune.main)
+""")
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    line = command(*options, "--out", tmp_path / "out")
+    line["args"] = [*map(str, runner), *line["args"][3:]]
+    line["env"]["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(**line, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.count("error: the second process is unwell") == 1
+    assert result.stderr.count("Traceback") == 1  # torchrun's own
 
 
 # ---- mistakes ---------------------------------------------------------------------------------------------------
@@ -353,6 +472,8 @@ MISTAKES = {
     "--method lora --orthogonality 1": "lora has no atoms",
     "--lr 1e30": "the loss became",
     "--unknown": "unrecognized",
+    "--samples -1": "a number from 0 to 100",
+    "--out {tmp}/" + "x" * 250: "longer than 200 bytes",
 }
 
 
@@ -373,9 +494,9 @@ def test_mistakes(options, bad_pictures, tmp_path, monkeypatch, arguments, mista
     monkeypatch.chdir(tmp_path)
     folder = tmp_path if arguments in ("--images {tmp}", "--weights {tmp}") else bad_pictures
     more = [word.format(tmp=folder) for word in arguments.split()]
-    before = sorted(tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*.*"))
     assert MISTAKES[arguments] in mistake(finetune, *options, "--out", tmp_path / "run", *more)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*.*")) == before
 
 
 def test_a_mistake_in_the_real_command(options, tmp_path):

@@ -165,6 +165,58 @@ def coded(picture, approximations, side):
     return figure
 
 
+# ---- 02 ---------------------------------------------------------------------------------------------------------
+
+
+def coefficients(picture, patch, maps):
+    """A picture with one patch framed, and the coefficients of that patch in each head: maps (H, side, side)"""
+    figure, axes = panels(1, 1 + len(maps), width=9.2, height=2.4)
+    size = len(picture) // maps.shape[1]
+    y, x = (size * i - 0.5 for i in divmod(patch, maps.shape[1]))
+    image(axes[0], picture, "16 tokens; one framed", vmin=0, vmax=1)
+    for line in range(size, len(picture), size):
+        axes[0].axhline(line - 0.5, color="0.5", lw=0.6)
+        axes[0].axvline(line - 0.5, color="0.5", lw=0.6)
+    for h, (ax, weights) in enumerate(zip(axes[1:], maps)):
+        image(ax, picture, f"head {h}", cmap="gray_r", vmin=0, vmax=3)
+        whole = (-0.5, len(picture) - 0.5, len(picture) - 0.5, -0.5)
+        ax.imshow(weights, cmap="Oranges", vmin=0, vmax=0.5, alpha=0.8, extent=whole)
+        for i, weight in enumerate(weights.flatten().tolist()):
+            row, column = divmod(i, maps.shape[1])
+            place = (size * column + size / 2 - 0.5, size * row + size / 2 - 0.5)
+            ax.text(*place, f"{100 * weight:.0f}", ha="center", va="center", fontsize=9)
+    for ax in axes:
+        ax.add_patch(plt.Rectangle((x, y), size, size, fill=False, color=RED, lw=2))
+    return figure
+
+
+def counts(pictures, numbers):
+    """How many atoms each patch of a picture takes: {title: (side, side)} over pictures of the same titles"""
+    figure, axes = panels(1, len(numbers), width=9.2, height=2.7)
+    for ax, (title, values) in zip(axes, numbers.items()):
+        picture = pictures[title]
+        image(ax, picture, title, vmin=0, vmax=1, alpha=0.5)
+        size = len(picture) // len(values)
+        for i, value in enumerate(values.flatten().int().tolist()):
+            row, column = divmod(i, len(values))
+            box = {"boxstyle": "round,pad=0.15", "color": "white", "alpha": 0.75}
+            place = (size * column + size / 2 - 0.5, size * row + size / 2 - 0.5)
+            ax.text(*place, value, ha="center", va="center", bbox=box, color=RED if value == 0 else "black")
+    return figure
+
+
+def mixing(codes):
+    """Which of M coefficients are not zero, tokens by atoms: {title: (N, M)}"""
+    figure, axes = panels(2, 2, width=9.2, height=3.6)
+    for ax, (title, s) in zip(axes.T.flat, codes.items()):
+        size = s.abs() / s.abs().max()
+        ax.imshow(size.sqrt(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_title(title)
+        ax.set(xticks=[], yticks=[], xlabel="100 atoms", ylabel="16 tokens")
+        ax.spines[:].set_visible(True)
+    return figure
+
+
 # ---- 03 ---------------------------------------------------------------------------------------------------------
 
 

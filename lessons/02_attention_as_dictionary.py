@@ -64,7 +64,7 @@ x, other = tokens(pictures)[:2]  # (N, C) each: tokens of two digits
 #
 # Then output token $i$ is a sum over heads $h$ and tokens $j$:
 #
-# $$O_i = \sum_h \sum_j A^{(h)}_{ij} \; (X_j W_{vo}^{(h)}) \qquad \text{(Eq. 7)}$$
+# $$O_i = \sum_h \sum_j A^{(h)}_{ij} (X_j W_{vo}^{(h)}) \qquad \text{(Eq. 7)}$$
 #
 # That is coefficients × atoms. The **coefficient** is $A^{(h)}_{ij}$, a number. The **atom** is $X_j W_{vo}^{(h)}$, a
 # row of $C$ numbers: what token $j$ has to offer through head $h$. There are $N · H = 64$ atoms. In plain loops:
@@ -185,11 +185,11 @@ lesson.check("longest / shortest token before the layer norm", (lengths.max() / 
 # %% [markdown]
 # ## Before or after A?
 #
-# Eq. 8 mixes first and then chooses: $σ(A X W_s)$. For speed the paper runs the other order, $A\,σ(X W_s)$, and says
+# Eq. 8 mixes first and then chooses: $σ(A X W_s)$. For speed the paper runs the other order, $A σ(X W_s)$, and says
 # that the result is still sparse if $σ(X W_s)$ is very sparse (§3.4). When is that so?
 #
 # - If each row of $A$ picks exactly one token (it is one-hot), the two orders are equal.
-# - Otherwise $S_{im} = \sum_j A_{ij}\,σ(X W_s)_{jm}$ is a sum of positive weights times the choices of *all* tokens. It
+# - Otherwise $S_{im} = \sum_j A_{ij} σ(X_j W_s)_m$ is a sum of positive weights times the choices of *all* tokens. It
 #   is zero only if *no* token chose atom $m$. So after mixing, the atoms in use are those that any token chose.
 #
 # **Predict:** 16 tokens choose 2 of 100 atoms each. After mixing, what part of $S$ is not zero, between which bounds?
@@ -224,9 +224,8 @@ lesson.show(figure, "02_mixing", "Coefficients before and after A mixes them: sc
 #
 # The bounds are 2 % (all tokens agree) and 32 % (16 × 2 different atoms). A fresh $W_s$ gives about 13 %; a trained one
 # about 10 %, because similar tokens learn to choose alike. Both are five to six times denser than before mixing, and
-# still sparse. With more tokens it gets worse: with thousands of tokens and a fresh $W_s$, some token chooses each
-# atom. What keeps $S$ useful then is that most of its entries are tiny: half of the non-zero ones hold 90 % of the
-# size.
+# still sparse. With more tokens it gets worse, since each further token can choose a new atom. What helps is that many
+# entries are tiny: half of the non-zero ones hold 90 % of the sum of all $|S|$. (That is the column "hold 90 %".)
 #
 # ## What it costs
 #
@@ -252,7 +251,7 @@ lesson.check("LoRA, GFLOP once:", lora.merge / 1e9, (0.13, 0.135), paper="0.13")
 # | attention is coefficients × atoms (Eq. 7) | equal up to rounding | ✓ |
 # | its coefficients are not sparse | none is zero | ✓ |
 # | only top-k keeps the number of atoms (§3.4) | always 2; a fixed λ gives 0 to 6 | ✓ |
-# | $A\,σ(X W_s)$ stays sparse (§3.4) | 2 % become 10 to 13 %, with 16 tokens | ✓ but denser |
+# | $A σ(X W_s)$ stays sparse (§3.4) | 2 % become 10 to 13 %, with 16 tokens | ✓ but denser |
 # | 264k numbers and 0.54 GFLOP (§3.5) | the same, but without the cost of mixing | ✓ partly |
 #
 # - The paper's 0.54 GFLOP leaves out that $A$ has to mix $S$: as much again in this example, and more with more tokens.
@@ -262,15 +261,15 @@ lesson.check("LoRA, GFLOP once:", lora.merge / 1e9, (0.13, 0.135), paper="0.13")
 # ## Exercises
 #
 # 1. Double the contrast of the input *before* the layer norm, then after it. Which changes the count of a fixed λ?
-# 2. Which $A$ makes $A\,σ(X W_s)$ as dense as possible?
+# 2. Which $A$ makes $A σ(X W_s)$ as dense as possible?
 # 3. Set `K = 10`. What part of $S$ is not zero after mixing?
 #
 # <details>
 # <summary>Answers</summary>
 #
-# 1. After it: every $z$ doubles, and more pass λ. Before it, the norm divides most of the change away. 2. Any without
-#   zeros, and softmax always is such a map. The shape of $A$ decides how *large* entries are, not how many.
-# 3. About half with a fresh $W_s$, a third with a trained one.
+# 1. After it: every $z$ doubles, and more pass λ. Before it, the norm divides most of the change away.
+# 2. Any without zeros, and softmax always is such a map. The shape of $A$ decides how *large* entries are, not how many.
+# 3. About half with a fresh $W_s$. There are 160 choices for 100 atoms, but many tokens choose the same ones.
 #
 # </details>
 #

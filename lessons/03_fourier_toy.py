@@ -57,7 +57,7 @@ lesson.show(figure, "03_signal", "A signal as the sum of five Fourier bases, and
 # ## The layer
 #
 # It is one attention with the sparse form of Eq. 8, $σ_λ(A X W_s) D$. The masked signal $x$ (64 numbers) becomes 64
-# tokens: token $n$ is $p_n x$, where $p$ is random and frozen. So $X = p\, x^T$. The output is the sum over all tokens,
+# tokens: token $n$ is $p_n x$, where $p$ is random and frozen. So $X = p x^T$. The output is the sum over all tokens,
 # divided by $\sqrt{64}$. In plain lines, for all signals at once:
 
 # %%

@@ -19,7 +19,7 @@ from .common import UserError, replacing
 from .fourier import one_thread
 
 HELD_OUT = 5  # every fifth digit that ships is held out: no training sees it
-NOISE = 0.5  # standard deviation of what the encoder's input is spoilt with
+NOISE = 0.5  # standard deviation of the noise on the input of the encoder
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,9 @@ def main(argv=None):
     with locked(args.out) if parallel.rank() == 0 else nullcontext():
         parallel.wait()  # until the folder is there
         check_out(study, args)
-        pipe.encode_prompt(["", *(text for s in subjects for text in s.captions + s.prompts)])  # then T5 can go
+        pipe.free("transformer", "vae")  # T5 needs the memory
+        pipe.encode_prompt(["", *(text for s in subjects for text in s.captions + s.prompts)])  # remembered
+        pipe.free("text_encoder")
         jobs = study.jobs(study.tune())
         study.run(jobs)
         if parallel.rank() == 0:

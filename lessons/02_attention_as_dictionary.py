@@ -268,7 +268,7 @@ lesson.check("LoRA, GFLOP once:", lora.merge / 1e9, (0.13, 0.135), paper="0.13")
 # <summary>Answers</summary>
 #
 # 1. After it: every $z$ doubles, and more pass λ. Before it, the norm divides most of the change away.
-# 2. Any without zeros, and softmax always is such a map. The shape of $A$ decides how *large* entries are, not how many.
+# 2. Any without zeros, and softmax has none. The shape of $A$ decides how *large* entries are, not how many.
 # 3. About half with a fresh $W_s$. There are 160 choices for 100 atoms, but many tokens choose the same ones.
 #
 # </details>

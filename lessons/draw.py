@@ -320,3 +320,47 @@ def shares(curves, marks):
     decimal_ticks(ax.xaxis, [0, 1, 2, 4, 8, 12, 20, 40, 80, 200])
     ax.set(xlabel="atoms kept, the most important first (of 200)", ylabel="8s that became a 3, %", xlim=(-0.2, 330))
     return figure
+
+
+# ---- 09 ---------------------------------------------------------------------------------------------------------
+
+
+def additivity(missed):
+    """Error of Eq. 11 for layers of degree 1, 2, …: {kind of atoms: (degrees,)}"""
+    figure, ax = panels(1, 1, height=3.8)
+    for (name, errors), color, up in zip(missed.items(), (BLUE, GREEN, ORANGE), (10, 10, -16)):
+        ax.plot(range(1, len(errors) + 1), [max(error, 1e-17) for error in errors], "o-", color=color)
+        ax.annotate(name, (3.5, errors[2]), (0, up), textcoords="offset points", color=color, ha="center")
+    ax.axhspan(1e-17, 1e-14, color="0.93")
+    ax.text(6, 2e-15, "rounding", color="0.5", ha="right")
+    ax.set(yscale="log", xlabel="degree K of the layer", ylabel="error of Eq. 11", ylim=(1e-17, 30))
+    return figure
+
+
+def by_block(summary):
+    """Two errors for each block: {variant: (…, errors of Eq. 11 (blocks,), errors of the first order (blocks,))}"""
+    figure, axes = panels(1, 2, height=3.8, sharey=True)
+    titles = "error of Eq. 11: 16 atoms together\nagainst one by one", "error of the first order:\na single atom taken out"
+    for ax, title, part in zip(axes, titles, (2, 3)):
+        for (name, row), color in zip(summary.items(), (BLUE, GREEN, ORANGE)):
+            ax.plot(100 * row[part], "o-", color=color)
+            label(ax, len(row[part]) - 1, 100 * row[part][-1], name, color)
+        ax.set(xlabel="block of the atoms", title=title, ylim=(0, None), xlim=(-0.3, len(row[part]) + 1.2))
+        ax.set_xticks(range(len(row[part])))
+    axes[0].set_ylabel("% of the effect")
+    return figure
+
+
+def depth(picture, *changes):
+    """A picture (3, H, W) in [-1, 1], and what each block changes in it, (3, H, W) each, in one colour scale"""
+    columns = (len(changes) + 2) // 2
+    figure, axes = panels(2, columns, height=4.2)
+    reach = torch.stack(changes).mean(1).abs().quantile(0.999).item()
+    image(axes[0, 0], picture.movedim(0, -1) / 2 + 0.5, "with all atoms")
+    axes[1, 0].axis("off")
+    for block, change in enumerate(changes):
+        ax = axes[block // (columns - 1), 1 + block % (columns - 1)]
+        image(ax, change.mean(0), f"block {block}", cmap="RdBu_r", vmin=-reach, vmax=reach)
+    bar = figure.colorbar(axes[0, 1].images[0], ax=axes[1, 0], location="bottom", shrink=0.9, extend="both")
+    bar.set_label("with − without")
+    return figure

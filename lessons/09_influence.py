@@ -16,7 +16,7 @@
 # ## The words
 #
 # - The **effect** of an atom is the output with it minus the output without it. The paper calls it $B(d_m)$.
-# - Effects are **additive** if the effect of all atoms together is the sum of the effects of each alone. This is Eq. 11:
+# - Effects are **additive** if the effect of all atoms together is the sum of the effects of each alone (Eq. 11):
 #
 #   $$f(x + \sum_m s_m d_m) = f(x) + \sum_m B(d_m)$$
 #
@@ -126,9 +126,9 @@ lesson.show(draw.additivity(missed), "09_additivity", "Error of Eq. 11 by degree
 #
 # ## Two layers
 #
-# In the output of a second layer, which powers of $d_m$ occur? The paper adds the degrees of both layers (Eq. 13). But a
-# polynomial *of* a polynomial multiplies them: $(x^3)^3 = x^9$. We send one atom, times a size from −1 to 1, through two
-# layers of degree 3, and ask which polynomial in the size describes the output.
+# In the output of a second layer, which powers of $d_m$ occur? The paper adds the degrees of both layers (Eq. 13). But
+# a polynomial *of* a polynomial multiplies them: $(x^3)^3 = x^9$. We send one atom, times a size from −1 to 1, through
+# two layers of degree 3, and ask which polynomial in the size describes the output.
 
 # %%
 sizes = np.linspace(-1, 1, 41)
@@ -142,8 +142,8 @@ for degree, expected in ((6, (1e-5, 1e-1)), (9, (0, 1e-12))):
 
 # %% [markdown]
 # So a polynomial of degree 9 is needed. This makes the paper's next point stronger, not weaker: an atom of a shallow
-# layer passes through more layers, so higher powers of it reach the output. Its effect should be *less linear* than that
-# of an atom in a deep layer.
+# layer passes through more layers, so higher powers of it reach the output. Its effect should be *less linear* than
+# that of an atom in a deep layer.
 #
 # ## The tiny model
 #
@@ -194,10 +194,13 @@ for name in names:
 # **Predict:** will the penalty make effects additive? Will early blocks be less linear? And the dense control?
 
 # %%
+def predict():
+    return model(*inputs[name])[:, :4]  # the noise that the model sees in the picture `name`, (T, 4, h, w)
+
+
 results = {}  # variant -> rows, one per subject
 for (name, variant), file in files.items():
     load_adapter(model, file)
-    predict = lambda: model(*inputs[name])[:, :4]  # noqa: E731: the predicted noise (T, 4, h, w)
     drawn = to_tensor(pipe.generate(subjects[name].captions[:1] * 3, steps=4 if lesson.quick else 10))  # (3, 3, H, W)
     psnr = -10 * torch.log10(((drawn - pictures[name]) / 2).square().mean()).item()
     additive, linear = [], []
@@ -222,7 +225,8 @@ lesson.table(
 early = {variant: row[3][: blocks // 2].mean().item() for variant, row in summary.items()}
 late = {variant: row[3][blocks // 2 :].mean().item() for variant, row in summary.items()}
 lesson.show(draw.by_block(summary), "09_linearity", "Error of Eq. 11 and of the first order by block, three trainings")
-lesson.check("penalty: mean cos² of atoms, times", summary["orthogonal"][0] / summary["sparse"][0], (0, 0.2), quick=(0, 1))
+less = summary["orthogonal"][0] / summary["sparse"][0]
+lesson.check("cos² with the penalty / without", less, (0, 0.2), quick=(0, 1))
 
 # %% [markdown]
 # ## Structure or detail?

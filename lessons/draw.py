@@ -1,5 +1,7 @@
 """The figures of the lessons, in their order. Each function draws what a lesson has computed and returns the figure."""
 
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -22,6 +24,14 @@ def image(ax, pixels, title="", **options):
 def label(ax, x, y, text, color, **options):
     """Text beside a curve, in its colour, instead of a legend."""
     ax.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", color=color, va="center", **options)
+
+
+def apart(values, gap):
+    """Heights for labels beside these values, at least `gap` from each other"""
+    heights, order = list(values), sorted(range(len(values)), key=lambda i: values[i])
+    for lower, upper in zip(order, order[1:]):
+        heights[upper] = max(heights[upper], heights[lower] + gap)
+    return heights
 
 
 def decimal_ticks(axis, ticks):
@@ -322,6 +332,65 @@ def shares(curves, marks):
     return figure
 
 
+# ---- 08 ---------------------------------------------------------------------------------------------------------
+
+
+def cosines(pictures, captions, values):
+    """Pictures in a row, and below each its cosine with every caption, values (pictures, captions)"""
+    figure, ax = panels(1, 1, width=9.6, height=4.6)
+    for i, picture in enumerate(pictures):
+        ax.imshow(picture, extent=(i - 0.46, i + 0.46, -0.35, -1.27))
+        for row, value in enumerate(values[i]):
+            weight = "bold" if row == i else "normal"
+            ax.text(i, 0.45 * row, f"{value:.2f}", ha="center", va="center", weight=weight)
+    ax.set(xlim=(-0.5, len(pictures) - 0.5), ylim=(0.45 * len(captions) - 0.2, -1.3), xticks=[])
+    ax.set_yticks([0.45 * row for row in range(len(captions))], [fill(caption, 34) for caption in captions])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return figure
+
+
+def rows_of_pictures(rows, titles):
+    """{label: pictures}, each row with its label at the left, under titles"""
+    columns = len(titles)
+    figure, axes = panels(len(rows), columns, width=9.6, height=9.6 / (columns + 0.9) * len(rows) + 0.5, squeeze=False)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title.replace(" on ", "\non "))
+    for line, (name, drawn) in zip(axes, rows.items()):
+        for ax, picture in zip(line, drawn):
+            image(ax, picture, ax.get_title())
+        line[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+    return figure
+
+
+def trade(ours, paper):
+    """Diversity against fidelity, {setting: (fidelity, diversity)} here and in the paper"""
+    figure, axes = panels(1, 2, width=9.6, height=4.6)
+    for ax, (title, points) in zip(axes, {"here": ours, "the paper": paper}.items()):
+        low, high = (pick(y for _, y in points.values()) for pick in (min, max))
+        heights = apart([y for _, y in points.values()], 0.06 * (high - low))
+        for (name, (x, y)), height in zip(points.items(), heights):
+            color = BLUE if name.startswith("sparse") else GREY if name == "base" else ORANGE
+            ax.plot(x, y, "o", color=color)
+            label(ax, x, height, name.removeprefix("sparse, "), color)
+        left, right = ax.get_xlim()
+        ax.set(xlabel="fidelity", title=f"{title} (blue: sparse)", xlim=(left, right + 0.4 * (right - left)))
+    axes[0].set_ylabel("diversity")
+    return figure
+
+
+def sweeps(curves):
+    """{what is varied: (its values (n,), alignment, diversity and fidelity (n, 3))}: a row for each"""
+    titles = "alignment (the paper: falls)", "diversity (the paper: falls)", "fidelity (the paper: rises)"
+    figure, rows = panels(2, 3, width=9.6, height=5)
+    for axes, (varied, (values, scores)) in zip(rows, curves.items()):
+        for ax, title, score in zip(axes, titles, zip(*scores)):
+            ax.plot(values, score, "o-", color=BLUE)
+            ax.set(xscale="log", xlabel=varied, title=title)
+            decimal_ticks(ax.xaxis, values)
+    return figure
+
+
 # ---- 09 ---------------------------------------------------------------------------------------------------------
 
 
@@ -339,14 +408,17 @@ def additivity(missed):
 
 def by_block(summary):
     """Two errors for each block: {variant: (…, errors of Eq. 11 (blocks,), errors of the first order (blocks,))}"""
-    figure, axes = panels(1, 2, height=3.8, sharey=True)
-    titles = "error of Eq. 11: 16 atoms together\nagainst one by one", "error of the first order:\na single atom taken out"
+    figure, axes = panels(1, 2, height=3.8)
+    titles = "error of Eq. 11: 16 atoms\ntogether and one by one", "error of the first order:\na single atom taken out"
     for ax, title, part in zip(axes, titles, (2, 3)):
-        for (name, row), color in zip(summary.items(), (BLUE, GREEN, ORANGE)):
-            ax.plot(100 * row[part], "o-", color=color)
-            label(ax, len(row[part]) - 1, 100 * row[part][-1], name, color)
-        ax.set(xlabel="block of the atoms", title=title, ylim=(0, None), xlim=(-0.3, len(row[part]) + 1.2))
-        ax.set_xticks(range(len(row[part])))
+        curves = {name: 100 * row[part] for name, row in summary.items()}
+        last, top = len(next(iter(curves.values()))) - 1, max(curve.max().item() for curve in curves.values())
+        heights = apart([curve[-1].item() for curve in curves.values()], 0.07 * top)
+        for (name, curve), height, color in zip(curves.items(), heights, (BLUE, GREEN, ORANGE)):
+            ax.plot(curve, "o-", color=color)
+            label(ax, last, height, name, color)
+        ax.set(xlabel="block of the atoms", title=title, ylim=(0, 1.05 * top), xlim=(-0.3, last + 2.2))
+        ax.set_xticks(range(last + 1))
     axes[0].set_ylabel("% of the effect")
     return figure
 

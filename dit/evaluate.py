@@ -20,8 +20,8 @@ from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, s
 from dit.dreambooth import read_subjects
 from dit.metrics import CLIP, DINOv2, ImageReward
 from dit.report import write_report
-from dit.study import Study, StudyConfig, weights_checksum
-from dit.train import TrainConfig
+from dit.study import Study, StudyConfig
+from dit.train import TrainConfig, files_checksum
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, locked, read_json, replacing
 
@@ -49,7 +49,9 @@ def parse(argv=None):
     add("--image-reward", type=Path, help="folder of ImageReward, for a column of its own (left out)")
     add("--out", type=Path, default=Path("runs/evaluate"))
     add("--quick", action="store_true", help="two subjects, two prompts, one epoch: does it run?")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.clip = args.clip or args.weights / "clip"
+    return args
 
 
 def study_config(args, pipe):
@@ -75,13 +77,13 @@ def make_small(subjects, tune_on):
     return [replace(subject, prompts=subject.prompts[:2], texts=subject.texts[:2]) for subject in subjects]
 
 
-def check_out(study, quick):
-    """What all results of a folder have in common must stay the same: the models, by their weights, and the work."""
-    models = {"weights": study.pipe.transformer, "clip": study.clip.model, "dino": study.dino and study.dino.model,
-              "image_reward": study.image_reward}  # fmt: skip
-    now = {name: f"of checksum {weights_checksum(model)}" if model else "None" for name, model in models.items()}
+def check_out(study, args):
+    """What all results of a folder have in common must stay the same: the models, by their files, and the work."""
+    folders = {"weights": args.weights / "transformer", "clip": args.clip, "dino": args.dino,
+               "image_reward": args.image_reward}  # fmt: skip
+    now = {name: f"of checksum {files_checksum(folder)}" if folder else "None" for name, folder in folders.items()}
     now |= {name: str(getattr(study.config, name)) for name in ("epochs", "pictures", "steps", "guidance")}
-    now["quick"] = str(quick)
+    now["quick"] = str(args.quick)
     file = study.folder / "settings.json"
     old = [path for path in study.folder.iterdir() if not path.name.startswith(".")]
     if old and not file.exists():
@@ -108,7 +110,7 @@ def main(argv=None):
     check_tuning(args, subjects)
     parallel.start()
     pipe = load_pipeline(args)
-    clip = CLIP(args.clip or args.weights / "clip", pipe.device)
+    clip = CLIP(args.clip, pipe.device)
     dino = DINOv2(args.dino, pipe.device) if args.dino else None
     reward = ImageReward(args.image_reward, pipe.device) if args.image_reward else None
     if args.quick:
@@ -117,8 +119,10 @@ def main(argv=None):
     study.check()
     with locked(args.out) if parallel.rank() == 0 else nullcontext():
         parallel.wait()  # until the folder is there
-        check_out(study, args.quick)
-        pipe.encode_prompt(["", *(text for s in subjects for text in s.captions + s.prompts)])  # then T5 can go
+        check_out(study, args)
+        pipe.free("transformer", "vae")  # T5 needs the memory
+        pipe.encode_prompt(["", *(text for s in subjects for text in s.captions + s.prompts)])  # remembered
+        pipe.free("text_encoder")
         jobs = study.jobs(study.tune())
         study.run(jobs)
         if parallel.rank() == 0:

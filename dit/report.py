@@ -128,8 +128,7 @@ def picture_rows(study, jobs):
 def write_report(study, jobs):
     """Everything, into the study's folder; returns the table as text."""
     config, out = study.config, study.folder
-    dropped = set(SCORES) - set(study.scores)  # of an earlier call that had ImageReward
-    records = [{k: v for k, v in study.record(job).items() if k not in dropped} for job in jobs]
+    records = [study.record(job) for job in jobs]
     rows = summarise(records)
     write_rows([flat(row) for row in rows], out / "table.csv")
     write_rows(records, out / "results.csv")

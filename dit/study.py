@@ -11,12 +11,10 @@ rest.
 import json
 import math
 import statistics
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -180,7 +178,9 @@ class Study:
 
     def record(self, job):
         required = {"subject": TEXT, "method": TEXT, "parameters": NUMBER, "checksum": NUMBER}
-        return read_json(self.file(job), required, dict.fromkeys(("atoms", "density", "lr", "seed", *SCORES), NUMBER))
+        optional = dict.fromkeys(("atoms", "density", "lr", "seed", *self.scores), NUMBER)
+        record = read_json(self.file(job), required, optional)
+        return {name: record.get(name) for name in ("subject", "method", *optional, "parameters", "checksum")}
 
     def worth(self, job):
         """What a learning rate is chosen by. One that diverged is worth nothing."""
@@ -194,8 +194,8 @@ class Study:
         if record["checksum"] != job.subject.checksum():
             raise UserError(f"{self.file(job)} is of other pictures, captions or prompts of {job.subject.name}; "
                             "use another --out")  # fmt: skip
-        diverged = record.get("alignment") is None
-        return may_diverge if diverged else all(record.get(score) is not None for score in self.scores)
+        diverged = record["alignment"] is None
+        return may_diverge if diverged else all(record[score] is not None for score in self.scores)
 
     def run(self, jobs, title="customization", may_diverge=False):
         """Do those that are not done, every process its share."""
@@ -265,12 +265,3 @@ class Study:
 def spread(items):
     """Up to SHOWN of them, evenly from all."""
     return items[:: math.ceil(len(items) / SHOWN)]
-
-
-def weights_checksum(model):
-    """Changes with every name and every bit of the parameters."""
-    checksum = 0
-    for name, parameter in model.named_parameters():
-        numbers = parameter.detach().cpu().flatten().view(torch.uint8).numpy()
-        checksum = zlib.crc32(numbers, zlib.crc32(name.encode(), checksum))
-    return checksum

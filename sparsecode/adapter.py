@@ -34,9 +34,9 @@ class Adapter(nn.Module):
     def remembered(self, compute, *tensors):
         """compute(), done again only after one of `tensors` was changed in place (by its version counter) or replaced.
 
-        Changes to `tensor.data` go uncounted: call `.to()` or change the tensor itself under torch.no_grad().
+        A change through `tensor.data` is not counted; change the tensor itself, under torch.no_grad().
         """
-        versions = [None if value.is_inference() else value._version for value in tensors]
+        versions = [(None if v.is_inference() else v._version, v.dtype, v.device) for v in tensors]
         if self._memory is None or self._memory[1] != versions or any(map(operator.is_not, self._memory[0], tensors)):
             self._memory = tensors, versions, compute()
         return self._memory[2]

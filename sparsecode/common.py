@@ -94,6 +94,8 @@ def locked(folder):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing to {folder}; wait until it ends, or name another folder") from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)

@@ -44,6 +44,7 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     header = {
         "format": FORMAT,
         "method": adapter.method,
+        "adapters": str(len(wrappers)),
         "options": json.dumps({"target": adapter.target, **adapter.options}),
         "base": json.dumps(base),
         "weights": json.dumps(weights),
@@ -101,6 +102,8 @@ def load_adapter(model, path):
             sites = [site for site in sites if site in named]
         if not sites:
             raise UserError(f"{file} has {_some(sorted(keys) or ['nothing'])}, which is for no attention of this model")
+        if header.get("adapters", str(len(sites))) != str(len(sites)):  # files of the past do not say how many
+            raise UserError(f"{file} says adapters={header['adapters']}, but has tensors for {len(sites)} of them here")
         exactly = "|".join(f"^{re.escape(name)}$" for name in _attentions_of(sites, header["method"]))
         target = options.pop("target", exactly)  # kept for the next file, never run
         with torch.device("meta"):  # no memory until the file has shown that it holds as much

@@ -172,6 +172,9 @@ def test_what_is_computed_once_follows_every_change(method, monkeypatch):
         with torch.no_grad():
             module.base.weight.mul_(2)
         check(1)
+        module.base.float()
+        check(1)
+        module.base.double()
     with torch.inference_mode():
         module(x.double())
     module(x.double()).sum().backward()

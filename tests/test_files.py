@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_model import shake, small_inputs
 from test_attach import OPTIONS, adapted, make, methods
@@ -156,6 +157,16 @@ def test_checksums_are_those_of_the_base_model(method):
     assert not set(weights_checksums(make(seed=1)).values()) & set(expected.values())
 
 
+def test_a_file_of_the_past_loads(inputs, tmp_path):
+    """Without the number of adapters and the checksums of the weights."""
+    save_adapter(model := adapted(), tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        header = {key: value for key, value in file.metadata().items() if key not in ("adapters", "weights")}
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", metadata=header)
+    assert load_adapter(other := make(), tmp_path / "a.safetensors")["weights"] is None
+    assert torch.equal(other(*inputs), model(*inputs))
+
+
 @pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*X", "(", "nothing"])
 def test_a_pattern_in_a_file_is_never_run(pattern, inputs, tmp_path):
     """The first takes longer than a life; the names of the tensors say what is adapted."""
@@ -206,7 +217,12 @@ BROKEN = {
     "method='hydra' is unknown": lambda path: rewrite(path, {"method": "hydra"}),
     "sparse has no option hue": lambda path: rewrite(path, {"options": '{"target": "attn1", "hue": 3}'}),
     "lacks blocks.1.attn1.D": lambda path: rewrite(path, drop=["blocks.1.attn1.D"]),
-    "lacks blocks.0.attn2.W_s and 1 more": lambda path: rewrite(path, **{"blocks.0.attn2.D": torch.zeros(16, 32)}),
+    "says adapters=2, but has tensors for 1 of them": lambda path: rewrite(
+        path, drop=[f"blocks.1.attn1.{key}" for key in ("W_s", "D", "usage")]
+    ),
+    "says adapters=2, but has tensors for 3 of them": lambda path: rewrite(
+        path, **{"blocks.0.attn2.D": torch.zeros(16, 32)}
+    ),
     "has blocks.0.attn1.hue, which": lambda path: rewrite(path, **{"blocks.0.attn1.hue": torch.zeros(16, 32)}),
     "has elsewhere.D, which": lambda path: rewrite(path, **{"elsewhere.D": torch.zeros(16, 32)}),
     "NaN or infinite values in blocks.0.attn1.D": lambda path: rewrite(

@@ -29,9 +29,10 @@ class Pipeline:
     if there is one: a tiny model wants others than the released one.
     """
 
-    def __init__(self, folder, dtype=None, device=None):
+    def __init__(self, folder, dtype=None, device=None, text_device=None):
         self.folder = Path(folder)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.text_device = torch.device(text_device or self.device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if not self.folder.is_dir():
             raise UserError(f"{folder} is not a folder; weights/README.md says how to get the weights")
@@ -44,9 +45,12 @@ class Pipeline:
         self.defaults = json.loads(file.read_text()) if file.exists() else {}
 
     @classmethod
-    def from_folder(cls, folder, dtype=None, device=None):
-        """dtype and device: bfloat16 on a GPU where there is one, float32 on a CPU, unless told."""
-        return cls(folder, dtype, device)
+    def from_folder(cls, folder, dtype=None, device=None, text_device=None):
+        """dtype and device: bfloat16 on a GPU where there is one, float32 on a CPU, unless told.
+
+        text_device: where T5 is, "cpu" to keep its 9.5 GB off a small GPU.
+        """
+        return cls(folder, dtype, device, text_device)
 
     @cached_property
     def transformer(self):
@@ -54,7 +58,7 @@ class Pipeline:
 
     @cached_property
     def text_encoder(self):
-        return load_text_encoder(self.folder / "text_encoder", self.dtype, self.device)
+        return load_text_encoder(self.folder / "text_encoder", self.dtype, self.text_device)
 
     @cached_property
     def tokenizer(self):
@@ -91,8 +95,8 @@ class Pipeline:
         new = sorted(set(prompts) - self._embeddings.keys())
         for prompt in new:
             ids, mask = self.tokenizer([prompt])
-            ids, mask = (x[:, : int(mask.sum())].to(self.device) for x in (ids, mask))  # (1, 300) -> (1, L)
-            self._embeddings[prompt] = self.text_encoder(ids, mask)[0]  # (L, C)
+            ids, mask = (x[:, : int(mask.sum())].to(self.text_device) for x in (ids, mask))  # (1, 300) -> (1, L)
+            self._embeddings[prompt] = self.text_encoder(ids, mask)[0].to(self.device)  # (L, C)
         return pad_rows([self._embeddings[prompt] for prompt in prompts])
 
     @torch.no_grad()

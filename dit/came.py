@@ -42,8 +42,9 @@ class CAME(torch.optim.Optimizer):
 
 def average(state, name, value, beta):
     """The moving average of `value`, kept in state[name], from zero."""
-    kept = state.setdefault(name, torch.zeros_like(value))
-    return kept.mul_(beta).add_(value, alpha=1 - beta)
+    if name not in state:
+        state[name] = torch.zeros_like(value)
+    return state[name].mul_(beta).add_(value, alpha=1 - beta)
 
 
 def inverse_root(state, name, squares, beta):

@@ -1,17 +1,39 @@
-"""How well a concept was learned (§4.3): text alignment and fidelity with CLIP, diversity with the Vendi score.
+"""How well a concept was learned (§4.3): alignment and fidelity with CLIP, diversity with the Vendi score, ImageReward.
 
-CLIP and DINOv2 are read by transformers from local folders: pip install -e ".[eval]". The paper's ImageReward is left
-out: its checkpoint wraps BLIP in a layout of its own, and without it a port cannot be shown to give its scores.
+CLIP, DINOv2 and ImageReward's BLIP are built by transformers from local folders: pip install -e ".[eval]".
 """
 
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torchvision import transforms
 
-from sparsecode.common import UserError
+from dit.checkpoint import rename
+from sparsecode.common import COUNT, POSITIVE, TEXT, UserError, read_json
 
 BATCH = 50  # pictures or texts at a time
+
+# Our names of ImageReward's parts -> those in ImageReward.pt.
+IMAGE_REWARD_NAMES = [
+    ("vision.embeddings.class_embedding", "blip.visual_encoder.cls_token"),
+    ("vision.embeddings.position_embedding", "blip.visual_encoder.pos_embed"),
+    ("vision.embeddings.patch_embedding.", "blip.visual_encoder.patch_embed.proj."),
+    ("vision.encoder.layers.", "blip.visual_encoder.blocks."),
+    ("vision.post_layernorm.", "blip.visual_encoder.norm."),
+    (".layer_norm1.", ".norm1."),
+    (".self_attn.qkv.", ".attn.qkv."),
+    (".self_attn.projection.", ".attn.proj."),
+    (".layer_norm2.", ".norm2."),
+    ("text.", "blip.text_encoder."),
+    *((f"head.{ours}.", f"mlp.layers.{theirs}.") for ours, theirs in enumerate((0, 2, 4, 6, 7))),  # dropout between
+]
+# What ImageReward.pt holds besides: a count of positions, and what BLIP's pre-training needed.
+UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
+MED_CONFIG = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                            "num_attention_heads", "max_position_embeddings"), COUNT)  # fmt: skip
+MED_CONFIG |= {"hidden_act": TEXT, "layer_norm_eps": POSITIVE}
 
 
 def need_transformers():
@@ -73,6 +95,74 @@ class DINOv2:
         return F.normalize(self.model(pixels).pooler_output.float(), dim=-1).cpu()  # (n, C): the class token
 
 
+class ImageReward(nn.Module):
+    """How much people would like a picture for its text: BLIP, and five linear layers (Xu et al., 2023).
+
+    The folder holds ImageReward.pt and med_config.json as they are released, and vocab.txt of bert-base-uncased.
+    scores(list of str, list of PIL images) -> (n,), a score for each pair, about 0 ± 1.
+    """
+
+    MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the authors' rewards
+    TOKENS = 35
+    PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and deviation, RGB
+
+    def __init__(self, folder, device="cpu"):
+        super().__init__()
+        library = need_transformers()
+        self.device = device
+        self.tokenizer = _load(library.BertTokenizer, folder)
+        self.tokenizer.add_special_tokens({"additional_special_tokens": ["[DEC]", "[ENC]"]})  # BLIP's
+        config = read_json(Path(folder) / "med_config.json", MED_CONFIG)
+        file = Path(folder) / "ImageReward.pt"
+        try:
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+            side = self._build(library, config, stored)
+            used = {name: stored.pop(rename(name, IMAGE_REWARD_NAMES)) for name in self.state_dict()}
+            self.load_state_dict(used)
+        except Exception as error:  # a file or a name that is not there, another shape, whatever torch raises
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{file} cannot be read as ImageReward ({type(error).__name__}: {reason})") from None
+        if left := [name for name in stored if not name.startswith(UNUSED)]:
+            raise UserError(f"{file} holds {left[0]}, which is no part of ImageReward; download it again")
+        if len(self.tokenizer) != config["vocab_size"]:  # transformers makes up what it lacks
+            raise UserError(f"{folder} has no vocab.txt of the {config['vocab_size'] - 2} tokens of bert-base-uncased")
+        self.to(device).eval()
+        self.preprocess = transforms.Compose([
+            transforms.Resize(side, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side),
+            transforms.ToTensor(), transforms.Normalize(*self.PIXELS),
+        ])  # fmt: skip
+
+    def _build(self, library, config, stored):
+        """Make the parts, for tensors of the shapes in `stored`; returns the side of its pictures in pixels."""
+        positions = stored["blip.visual_encoder.pos_embed"]  # (1, 1 + patches, C)
+        patch = stored["blip.visual_encoder.patch_embed.proj.weight"].shape[-1]
+        width, side = positions.shape[2], patch * round((positions.shape[1] - 1) ** 0.5)
+        vision = library.BlipVisionConfig(
+            hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 64, image_size=side,
+            num_hidden_layers=sum(name.endswith("attn.qkv.weight") for name in stored), patch_size=patch,
+            layer_norm_eps=1e-6,
+        )  # fmt: skip
+        text = library.BlipTextConfig(encoder_hidden_size=width, **{name: config[name] for name in MED_CONFIG})
+        self.vision = library.BlipVisionModel(vision)
+        self.text = library.BlipTextModel(text, add_pooling_layer=False)
+        sizes = (text.hidden_size, 1024, 128, 64, 16, 1)
+        self.head = nn.Sequential(*(nn.Linear(*pair) for pair in zip(sizes, sizes[1:])))
+        return side
+
+    def scores(self, texts, images):
+        return in_batches(self._scores, list(zip(texts, images, strict=True)))
+
+    def _scores(self, pairs):
+        texts, images = zip(*pairs)
+        tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.TOKENS,
+                                return_tensors="pt").to(self.device)  # fmt: skip
+        pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)  # (n, 3, side, side)
+        seen = self.vision(pixels).last_hidden_state  # (n, 1 + patches, C)
+        read = self.text(tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen).last_hidden_state
+        rewards = self.head(read[:, 0]).squeeze(1)  # (n, L, C_text) -> (n,)
+        return ((rewards - self.MEAN) / self.DEVIATION).cpu()
+
+
 @torch.no_grad()
 def in_batches(encode, items):
     """`encode` of a long list, BATCH at a time: (n, C)."""
@@ -90,7 +180,7 @@ def _load(kind, folder, **options):
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder; weights/README.md says what belongs there")
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, **options)
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises whatever a file makes it
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} cannot be read as a {kind.__name__} ({reason})") from None

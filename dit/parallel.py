@@ -1,11 +1,14 @@
 """Several processes that train one model: `torchrun --nproc-per-node N -m dit.…`; one process without torchrun."""
 
 import os
+import zlib
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from sparsecode.common import UserError
 
 
 def start():
@@ -33,11 +36,31 @@ def alone():
     _alone = True
     try:
         yield
-    except Exception as error:
-        error.alone = True  # the others will not report it
-        raise
     finally:
         _alone = False
+
+
+def first_to_say(message):
+    """Whether no other process has said this yet: an error that all meet is to be printed once."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:  # the store that torchrun keeps for its processes
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f"said {zlib.crc32(message.encode())}", 1) == 1
+    except (RuntimeError, KeyError):  # it is gone: better twice than never
+        return True
+
+
+@contextmanager
+def together():
+    """What all processes do at once; UserError where another one has ended. That one says why."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        raise UserError("another process of this run has ended, so this one ends too") from None
 
 
 def rank():
@@ -52,7 +75,8 @@ def world_size():
 def wait():
     """Until all processes are here."""
     if world_size() > 1:
-        dist.barrier()
+        with together():
+            dist.barrier()
 
 
 def bar_off():
@@ -70,6 +94,7 @@ def average(tensors):
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    with together():
+        dist.all_reduce(flat)
     for tensor, mean in zip(tensors, (flat / world_size()).split([tensor.numel() for tensor in tensors])):
         tensor.copy_(mean.view_as(tensor))

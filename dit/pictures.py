@@ -1,5 +1,6 @@
 """Pictures in and out: any file that PIL reads -> RGB, tensors <-> PIL images, and labelled grids of results."""
 
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -88,6 +89,36 @@ def _wrap(label, font, width):
     return lines
 
 
+def draw_table(rows, path, title, dpi=150):
+    """A figure with a row for each (label, {prompt: pictures}) and a column for each prompt of the last row."""
+    from matplotlib.figure import Figure
+
+    prompts = list(rows[-1][1])
+    counts = [len(rows[-1][1][prompt]) for prompt in prompts]
+    width, height = 1.3 + 0.9 * sum(counts), 1.0 + 0.9 * len(rows)  # inches; a picture takes 0.9
+    figure = Figure(figsize=(width, height), layout="constrained")
+    table = figure.subplots(len(rows), len(prompts), squeeze=False, width_ratios=counts)
+    for cells, (label, pictures) in zip(table, rows):
+        for axes, prompt in zip(cells, prompts):
+            axes.set(xticks=[], yticks=[], anchor="W")
+            axes.spines[:].set_visible(False)
+            if prompt in pictures:
+                axes.imshow(side_by_side(pictures[prompt]))
+        cells[0].set_ylabel(textwrap.fill(label, 18), rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
+    for axes, prompt, count in zip(table[0], prompts, counts):
+        axes.set_title(textwrap.fill(prompt, 13 * count), fontsize=8, loc="left", parse_math=False)
+    figure.suptitle(textwrap.fill(title, round(11 * width)), fontsize=10, parse_math=False)
+    save_figure(figure, path, dpi)
+
+
+def side_by_side(pictures):
+    """PIL images of one size -> one array (H, W, 3), with white between them."""
+    pixels = [np.asarray(picture) for picture in pictures]
+    gap = np.full_like(pixels[0][:, : len(pixels[0]) // 24], 255)  # (H, H/24, 3)
+    parts = [part for picture in pixels for part in (picture, gap)]
+    return np.concatenate(parts[:-1], axis=1)  # (H, W, 3)
+
+
 def check_picture_path(path):
     """UserError now rather than after minutes of work, if no picture can be written under that name."""
     if Path(path).suffix.lower() not in SUFFIXES:
@@ -99,6 +130,13 @@ def check_picture_path(path):
 def save_picture(image, path):
     with replacing(path) as temporary:
         image.save(temporary)
+
+
+def save_each(rows, folder):
+    """Every picture of rows of (label, list of PIL images) at its own size, as folder/ROW-COLUMN.png."""
+    for i, (_, images) in enumerate(rows, start=1):
+        for j, image in enumerate(images, start=1):
+            save_picture(image, Path(folder) / f"{i}-{j}.png")
 
 
 def save_figure(figure, path, dpi=120):

@@ -22,7 +22,7 @@ PARTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 LARGEST = 16384  # pixels along a side
 
 
-def find_device(name=None):
+def find_device(name=None, option="device"):
     """The device of that name or, without one, the GPU of this machine, a Mac's too, or its CPU."""
     if name is None:
         mps = torch.backends.mps.is_available()
@@ -32,7 +32,7 @@ def find_device(name=None):
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split(". ")[0].splitlines()[0][:150]
-        raise UserError(f"device {name} cannot be used ({reason}); try cpu") from None
+        raise UserError(f"{option} {name} cannot be used ({reason}); try cpu") from None
 
 
 class Pipeline:

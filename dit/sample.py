@@ -6,10 +6,10 @@ python -m dit.sample "a robot on a red background" --adapter runs/robot/adapter.
 
 from pathlib import Path
 
-from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
-from dit.pictures import check_picture_path, grid, save_picture
-from sparsecode import keep_atoms, load_adapter, set_density
+from dit.pictures import check_picture_path, grid, save_each, save_picture
+from sparsecode import adapters, keep_atoms, load_adapter, set_density
 from sparsecode.common import UserError
 
 
@@ -31,56 +31,67 @@ def parse(argv=None):
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
     add("--height", type=whole)
     add("--width", type=whole)
-    add("--out", type=Path, default=Path("sample.png"))
+    add("--compile", action="store_true", help="compile the model: minutes at the start, faster on a GPU")
+    add("--out", type=Path, default=Path("sample.png"), help="one picture; or a grid, and a folder of its pictures")
     args = parser.parse_args(argv)
     if args.adapter is None and (args.density or args.keep_atoms):
         raise UserError("--density and --keep-atoms choose atoms of an adapter; name one with --adapter")
     check_picture_path(args.out)
+    check_place(args.out.parent / args.out.stem)
     return args
 
 
-def variants(args, model):
-    """Set the adapter of `model` in each way that was asked for, and yield what to write beside the prompt."""
-    if args.adapter is None:
-        yield ""
-        return
-    for density in args.density or [None]:
-        for atoms in args.keep_atoms or [None]:
+def variants(model, densities=None, counts=None):
+    """Set the adapter of `model` in each way, by density and by number of atoms, and yield words for it."""
+    own = densities and next(iter(adapters(model).values())).options.get("density")
+    for density in densities or [None]:
+        for atoms in counts or [None]:
             words = []
-            if density is not None:
-                set_density(model, density)
-                words.append(f"density {density}")
             if atoms is not None:
+                if density is not None:
+                    set_density(model, own)  # with which the use of the atoms was measured
                 keep_atoms(model, atoms)
                 words.append(f"{atoms} atoms")
-            yield f" ({', '.join(words) or 'adapted'})"
+            if density is not None:
+                set_density(model, density)
+                words.insert(0, f"density {density}")
+            yield ", ".join(words)
+    if densities:
+        set_density(model, own)
 
 
 def sample(pipe, args):
     """Rows of (label, pictures): each prompt with each variant of the adapter, one picture for each seed."""
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
-    model = pipe.transformer
+    model, ways = pipe.transformer, (args.density, args.keep_atoms)
     if args.adapter:
         load_adapter(model, args.adapter)
-    list(variants(args, model))  # a density or number of atoms that cannot be is refused before any work
+    if args.compile:
+        model.compile()
+    list(variants(model, *ways))  # a density or number of atoms that cannot be is refused before any work
     noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
     pipe.encode_prompt(["", *args.prompts])
     pipe.free("text_encoder")
     rows = []
     for prompt in args.prompts:
-        for label in variants(args, model):
+        for words in variants(model, *ways):
+            label = f"{prompt} ({words or 'adapted'})" if args.adapter else prompt
             repeated = [prompt] * len(args.seed)
             images = pipe.generate(repeated, steps=args.steps, guidance=args.guidance, latents=noise)
-            rows.append((prompt + label, images))
+            rows.append((label, images))
     return rows
 
 
 def main(argv=None):
     args = parse(argv)
     rows = sample(load_pipeline(args), args)
-    side = min(256, max(128, *rows[0][1][0].size))
-    save_picture(grid(rows, side), args.out)
-    print(f"{len(rows)} rows of {len(args.seed)} pictures in {args.out}")
+    if len(rows) == len(args.seed) == 1:
+        save_picture(rows[0][1][0], args.out)
+        print(f"the picture is {args.out}")
+        return
+    save_each(rows, args.out.parent / args.out.stem)
+    save_picture(grid(rows, min(512, max(128, *rows[0][1][0].size))), args.out)
+    print(f"{len(rows)} rows of {len(args.seed)} pictures in {args.out}; each at full size in {args.out.stem}/")
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ class PixArtTransformer(nn.Module):
         modulation = self.timestep_modulation(F.silu(time)).unflatten(1, (6, -1))  # (B, 6, C)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                again = dict(use_reentrant=False, preserve_rng_state=False)  # a block draws no random numbers
-                x = checkpoint(block, x, modulation, text, text_mask, **again)  # (B, N, C)
+                rest = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+                x = checkpoint(block, x, modulation, text, text_mask, **rest)  # (B, N, C)
             else:
                 x = block(x, modulation, text, text_mask)  # (B, N, C)
         shift, scale = (self.scale_shift_table + time[:, None]).chunk(2, dim=1)  # (B, 1, C) each

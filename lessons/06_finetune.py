@@ -6,7 +6,7 @@ Claim    The model stays frozen; beside each self-attention a few of M learned a
          And A, which is dense, mixes the sparse picks of all tokens: S has more than 2 % that is not zero. Still
          every atom has its part of the picture, some the robot and some what is around it.
 Paper    O + ΔO = O + σ_λ(A X W_s) D, Eq. 9 and §3.4; (C_i + C_o)·M parameters, §3.5; Fig. 3 and §4.1
-Modules  sparsecode/adapter.py, sparsecode/atoms.py, dit/finetune.py, dit/atoms.py
+Modules  sparsecode/adapter.py, sparsecode/atoms.py, dit/train.py, dit/page.py
 Costs    30 seconds on two CPU cores; 11 with --quick.
 
     python lessons/06_finetune.py
@@ -18,12 +18,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from dit.atoms import overlay, watch
 from dit.data import encode, find_captions, load_images
-from dit.finetune import measure_usage, training_loss, visiting_order
+from dit.page import overlay, watch
 from dit.pictures import grid, save_picture, to_pil, to_tensor
 from dit.pipeline import Pipeline
-from sparsecode import adapters, attach, importance, keep_atoms, top_atoms, top_k, trainable
+from dit.train import TrainConfig, measure_usage, train
+from sparsecode import adapters, attach, detach, importance, keep_atoms, top_atoms, top_k, trainable
 from sparsecode.attention import merge_heads, split_heads
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
@@ -49,28 +49,21 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     inputs = pipe.noise(SEEDS[:1]), torch.tensor([500]), data.text, data.text_mask
     with torch.no_grad():
         before = model(*inputs)  # (1, 8, h, w)
-        torch.manual_seed(0)
         attach(model, "sparse", atoms=ATOMS, density=DENSITY)
         silent = torch.equal(model(*inputs), before)
-    layers = adapters(model)  # name -> SparseAdapter
+    layers = adapters(model)
     width, size = model.config.width, sum(p.numel() for p in next(iter(layers.values())).parameters())
     print(f"a fresh adapter changes nothing, to the bit: {silent} (expect True)")
     print(f"parameters of a layer: {size} = ({width} + {width})·{ATOMS} = {2 * width * ATOMS}", end="; ")
     print(f"in all {len(layers)} layers {sum(p.numel() for p in trainable(model)):,} (expect 393,216)")
+    detach(model)  # `train` attaches them again
 
     # %% 3. Training: guess the noise in the picture's latents at random timesteps; only W_s and D move
     n_steps = 60 if quick else 300
-    order = visiting_order(1, 1, n_steps * BATCH, seed=0)  # which picture each visit goes to: there is but one
-    optimizer = torch.optim.AdamW(trainable(model), lr=LR, weight_decay=0.0)
-    losses = []
-    for step in range(n_steps):
-        visits = range(step * BATCH, (step + 1) * BATCH)
-        loss = training_loss(model, data, order, visits, seed=0, schedule=pipe.schedule)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+    options = {"atoms": ATOMS, "density": DENSITY}
+    config = TrainConfig(options=options, epochs=1, repeats=n_steps * BATCH, batch_size=BATCH, lr=LR)
+    losses = train(pipe, data, config)
+    layers = adapters(model)  # name -> SparseAdapter
     first, last = sum(losses[:20]) / 20, sum(losses[-20:]) / 20
     print(f"loss, mean of 20 steps: {first:.3f} at the start, {last:.3f} at the end (expect 0.20, 0.026)")
 
@@ -96,8 +89,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     print(f"{carrying:.0f} of {ATOMS} carry 90 % of Σ|S| (expect 2 %, 29 %, 24)")
 
     # %% 5. Fig. 3: the same seeds with only the most important atoms of the whole model
-    # The importance of an atom: its usage, mean |S_m|, times ‖D_m‖
-    measure_usage(model, data, seed=0, schedule=pipe.schedule)
+    measure_usage(pipe, data, seed=0)  # mean |S_m| for each atom; its importance is that times ‖D_m‖
     counts = (0, 40, "all") if quick else (0, 4, 12, 40, 120, 400, "all")
     pictures, psnr = {}, {}
     for n in counts:
@@ -188,7 +180,7 @@ def draw_importance(share, most, blocks, psnr, path):
 
 # Try
 # - DENSITY = 0.1: all atoms 21.0 dB, but 120 atoms only 14.1: what is learned less sparsely is spread wider.
-# - "attn1|attn2" as the third argument of attach: cross-attention gets atoms too, and they hardly matter (1 % a layer).
+# - target="attn1|attn2" in TrainConfig: cross-attention gets atoms too, and they hardly matter (1 % a layer).
 # - PICTURE = …/snail/01.png: another concept, the same story (14.5 dB with 0 atoms, 15.4 with 40, 21.1 with all).
 
 if __name__ == "__main__":

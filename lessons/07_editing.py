@@ -6,7 +6,7 @@ Claim    The paper: sparse atoms follow an edit and keep the subject better than
          256 beats rank 1 by far, but with 64 times the parameters; with as many, LoRA is ahead. And where the subject
          is to move, all obey, but hardly any of it arrives: what was learned belongs to the place it was learned at.
 Paper    §4.2, Fig. 5 and 6 (editing, density); §3.5, Fig. 4 (one atom against LoRA of rank 1); §4.1 (atoms)
-Modules  dit/edit.py, dit/atoms.py, sparsecode/atoms.py
+Modules  dit/edit.py, dit/tiny/editing.py, dit/page.py, sparsecode/atoms.py
 Costs    50 seconds on two CPU cores; 15 with --quick.
 
     python lessons/07_editing.py
@@ -21,11 +21,13 @@ from tempfile import TemporaryDirectory
 import matplotlib.pyplot as plt
 import numpy as np
 
-from dit.atoms import overlay, watch
-from dit.edit import Subject, draw, draw_table, follows, teach
-from dit.pictures import to_pil, to_tensor
+from dit.edit import draw
+from dit.page import overlay, watch
+from dit.pictures import draw_table, to_pil, to_tensor
 from dit.pipeline import Pipeline
+from dit.tiny.editing import SubjectPicture, follows
 from dit.tiny.judge import load_judge
+from dit.train import TrainConfig, teach
 from sparsecode import adapters, detach, load_adapter, top_atoms
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
@@ -46,7 +48,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     figures.mkdir(parents=True, exist_ok=True)
     pipe = Pipeline.from_folder(weights, device="cpu")
     judge, _ = load_judge(Path(weights) / "judge")
-    robot = Subject(SUBJECTS, "robot", 1, pipe.resolution)
+    robot = SubjectPicture(SUBJECTS, "robot", 1, pipe.resolution)
     backgrounds = ("green",) if quick else ("green", "yellow", "blue")
     scenes = [(robot.caption, robot.background, robot.place)]
     scenes += [scene for scene in robot.edits() if scene[1] in backgrounds and scene[2] == robot.place]
@@ -60,7 +62,8 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
         training["one atom of 256"] = {"density": 0.004, "lr": 0.01}  # round(0.004 · 256) = 1 for each token
         files = {name: Path(folder) / f"{name}.safetensors" for name in training}
         for name, how in training.items():
-            teach(pipe, [robot.file], [robot.caption], files[name], epochs=10 if quick else None, **how)
+            config = TrainConfig.of(pipe, epochs=10 if quick else None, **how)
+            teach(pipe, [robot.file], [robot.caption], files[name], config)
 
         # %% 2. The same seeds with every adapter: the trained prompt, then changed ones (Fig. 5, 6)
         densities, counts = ([0.01], [40]) if quick else ([0.01, 0.04], [40, 120, 400])
@@ -183,7 +186,7 @@ def draw_measured(table, path):
 
 
 # Try
-# - epochs=200 in teach: more of the robot, 0.81 with the trained prompt and 0.55 with changed ones, all followed.
+# - epochs=200 in TrainConfig.of: more of the robot, 0.81 with the trained prompt, 0.55 with changed ones, all followed.
 # - guidance=6 in draw: the sparse adapter follows all prompts (78 % with 3), but coarser, 0.65 with the trained one.
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Claim    The paper: sparse atoms follow prompts better than LoRA, DoRA and OFT a
          is the least. Alignment tells none apart but OFT, and it rises with fidelity: what this small model draws for a
          word that it does not know, a blob, pleases CLIP less than a subject that it has learned.
 Paper    §4.3, Table 1 (methods); §4.4, Fig. 7 (density), Table 2 (number of atoms)
-Modules  dit/metrics.py, dit/evaluate.py
+Modules  dit/metrics.py, dit/dreambooth.py, dit/study.py, dit/report.py
 Costs    50 seconds on two CPU cores; 14 with --quick. Section 4's study, whose results ship, takes 52 minutes.
 
     pip install -e ".[eval]"
@@ -23,24 +23,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from dit.edit import draw_table
-from dit.evaluate import (
-    SCORES,
-    Job,
-    Setting,
-    Study,
-    compare,
-    parse,
-    picture_rows,
-    plot_methods,
-    plot_sweep,
-    read_results,
-    read_subjects,
-    summarise,
-    to_markdown,
-)
+from dit.dreambooth import read_subjects
 from dit.metrics import CLIP, vendi_score
+from dit.pictures import draw_table
 from dit.pipeline import Pipeline
+from dit.report import compare, picture_rows, plot_methods, plot_sweep, read_results, summarise, to_markdown
+from dit.study import Job, Setting, Study, StudyConfig
 from dit.tiny.scenes import WORLDS, caption, draw, sample_scene
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
@@ -84,18 +72,16 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
 
     # %% 3. One subject, LoRA and sparse, as the study does it: train, draw every prompt, score
     with TemporaryDirectory() as folder:
-        options = ["--epochs", "2" if quick else "30", "--pictures", "1", "--steps", "4" if quick else "10"]
-        args = parse(["--subjects", str(DATA / "subjects"), "--out", folder, *options])
-        subjects = read_subjects(args.subjects)
-        robot = next(subject for subject in subjects if subject.name == "robot")
-        study = Study(Pipeline.from_folder(weights, device="cpu"), clip, None, subjects, args)
+        robot = next(subject for subject in read_subjects(DATA / "subjects") if subject.name == "robot")
+        config = StudyConfig(epochs=2 if quick else 30, pictures=1, steps=4 if quick else 10)
+        study = Study(Pipeline.from_folder(weights, device="cpu"), [robot], config, folder, clip=clip)
         jobs = [Job(Setting("base"), robot, None, None), Job(Setting("lora"), robot, 0.01, 0)]
         jobs += [Job(Setting("sparse", 256, 0.02), robot, 0.003, 0)]
         study.run(jobs, "robot")
         live = {str(job.setting): study.record(job) for job in jobs}
         draw_table(picture_rows(study, jobs), figures / "08_pictures.png", "taught a robot, told where to draw it", 80)
     for name, record in live.items():
-        measured = "  ".join(f"{score} {record[score]:.3f}" for score in SCORES)
+        measured = "  ".join(f"{score} {record[score]:.3f}" for score in study.scores)
         print(f"{name:22} {measured} (expect {EXPECTED[name]})")
 
     # %% 4. All of it: three subjects, three seeds each, learning rates chosen on two more subjects; 52 minutes of
@@ -110,7 +96,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     # below two standard errors leaves it undecided (and these are too small, since the 9 are of 3 subjects)
     outcomes = {}
     for title, settings in (("Table 1", TABLE_1), ("Table 2", TABLE_2)):
-        for i, score in enumerate(SCORES):
+        for i, score in enumerate(study.scores):
             outcomes[title, score] = {"comes out": [], "reversed": [], "undecided": []}
             for one, other in combinations(settings, 2):
                 if one.paper[i] < other.paper[i]:
@@ -155,8 +141,8 @@ def show_cosines(pictures, captions, cosines, path):
 # Try
 # - Setting("sparse", 256, 0.2) and Setting("sparse", 16, 0.01) in section 3, the ends of the trade: fidelity 0.657 and
 #   0.510, diversity 4.17 and 5.38, alignment 0.230 and 0.215.
-# - "--guidance", "6" in its options: LoRA's fidelity falls to 0.548 and sparse's to 0.453, diversity rises to 5.5 and
-#   5.7; with "1" fidelity stays (0.649, 0.555) and diversity falls to 3.2 and 4.2.
+# - guidance=6 in its StudyConfig: LoRA's fidelity falls to 0.548 and sparse's to 0.453, diversity rises to 5.5 and
+#   5.7; with 1 fidelity stays (0.649, 0.555) and diversity falls to 3.2 and 4.2.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

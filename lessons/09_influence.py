@@ -7,7 +7,7 @@ Claim    To ΔO an atom adds s·d; what follows makes a polynomial of it. The pa
          linearly, single ones because they change which atoms later layers pick. Of structure and detail only the end
          follows the paper: the last block changes finer things than the others, among which no order by depth shows.
 Paper    Appendix A, Eqs. 10–19
-Modules  sparsecode/influence.py, orthogonality in sparsecode/atoms.py, --orthogonality of dit/finetune.py
+Modules  sparsecode/influence.py, orthogonality in sparsecode/atoms.py, orthogonality in dit/train.py
 Costs    2.5 minutes on two CPU cores; 25 seconds with --quick.
 
     python lessons/09_influence.py
@@ -24,10 +24,10 @@ from numpy.polynomial import Chebyshev
 
 from dit.data import encode, find_captions, load_images
 from dit.diffusion import add_noise
-from dit.finetune import measure_usage, training_loss, visiting_order
 from dit.pictures import to_pil, to_tensor
 from dit.pipeline import Pipeline
-from sparsecode import adapters, attach, detach, importance, influence, orthogonality, trainable
+from dit.train import TrainConfig, measure_usage, train, training_loss
+from sparsecode import adapters, detach, importance, influence, orthogonality
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FIGURES = Path(__file__).parent / "figures"
@@ -82,8 +82,8 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
         images, captions = load_images(files, pipe.resolution), find_captions(files)  # (1, 3, H, W)
         data = encode(pipe, images, captions)
         clean = data.latents.expand(len(TIMES), -1, -1, -1)  # (T, 4, h, w)
-        generator = torch.Generator().manual_seed(0)
-        noisy = add_noise(clean, torch.randn(clean.shape, generator=generator), TIMES, pipe.schedule)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))  # (T, 4, h, w)
+        noisy = add_noise(clean, noise, TIMES, pipe.schedule)
 
         def predict():
             """The noise that the model sees in the noisy picture, at three timesteps"""
@@ -95,7 +95,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
             return to_tensor(pipe.generate(captions * 3, latents=pipe.noise([0, 1, 2]), steps=steps))  # (3, 3, H, W)
 
         for weight in runs:
-            loss = teach(model, data, weight, pipe.schedule, steps=40 if quick else 200)
+            loss = teach(pipe, data, weight, steps=40 if quick else 200)
             drawn = draw()  # (3, 3, H, W)
             psnr = -10 * torch.log10(((drawn - images) / 2).square().mean())
             tops = [{name: score.topk(16).indices.tolist()} for name, score in importance(model).items()]
@@ -140,22 +140,14 @@ def show(text, values, form="{:.2f}"):
     print(f"{text}:", *map(form.format, values))
 
 
-def teach(model, data, weight, schedule, steps):
+def teach(pipe, data, weight, steps):
     """Lesson 6's training, with the penalty; returns the loss of 160 visits that it has not seen."""
-    torch.manual_seed(0)
-    attach(model, "sparse", atoms=ATOMS, density=DENSITY)
-    optimizer = torch.optim.AdamW(trainable(model), lr=LR, weight_decay=0.0)
-    order = visiting_order(1, 1, steps * BATCH, seed=0)
-    for step in range(steps):
-        visits = range(step * BATCH, (step + 1) * BATCH)
-        loss = training_loss(model, data, order, visits, 0, schedule)
-        optimizer.zero_grad()
-        (loss + weight * orthogonality(model)).backward()
-        torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
-        optimizer.step()
-    measure_usage(model, data, 0, schedule)
+    options = {"atoms": ATOMS, "density": DENSITY}
+    train(pipe, data, TrainConfig(options=options, epochs=1, repeats=steps * BATCH, batch_size=BATCH, lr=LR,
+                                  orthogonality=weight))  # fmt: skip
+    measure_usage(pipe, data, seed=0)
     with torch.no_grad():
-        return training_loss(model, data, order, range(160), 1, schedule)
+        return training_loss(pipe, data, np.zeros(160, dtype=int), range(160), seed=1)
 
 
 def low_share(change):

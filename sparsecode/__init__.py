@@ -8,7 +8,7 @@ from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
 from .cost import Cost, attention_flops, dora_cost, lora_cost, oft_cost, sparse_cost
 from .dictionary import learn_dictionary
-from .files import load_adapter, read_header, save_adapter
+from .files import load_adapter, read_header, save_adapter, weights_checksums
 from .influence import additivity_error, effect, first_order, linearity_error, only_atoms, scale_atoms
 from .lasso import fista, ista, lasso_objective, optimality_gap
 from .thresholds import relu_threshold, soft_threshold, top_k
@@ -57,4 +57,5 @@ __all__ = [
     "top_atoms",
     "top_k",
     "trainable",
+    "weights_checksums",
 ]

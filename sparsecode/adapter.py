@@ -1,18 +1,54 @@
 """The method: a frozen attention plus a sparse combination of learned atoms (Eqs. 8–9, §3.4)."""
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .attention import merge_heads, split_heads
-from .common import UserError
+from .common import UserError, checksum, is_number, is_whole
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 THRESHOLDS = ("top_k", "soft", "relu")
 ORDERS = ("before", "after")
 
 
-class SparseAdapter(nn.Module):
+class Adapter(nn.Module):
+    """What the methods share: numbers that stay in float32, and results that last until a parameter changes."""
+
+    def __init__(self):
+        super().__init__()
+        self._memory = None
+
+    def _apply(self, fn, recurse=True):
+        """`model.to(torch.bfloat16)` and the like move an adapter, but leave it as precise as it was."""
+
+        def precise(value):
+            moved = fn(value)
+            return value.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        self._memory = None
+        return super()._apply(precise, recurse)
+
+    def remembered(self, compute, *tensors):
+        """compute(), done again only after one of `tensors` was changed in place (by its version counter) or replaced.
+
+        A change through `tensor.data` is not counted; change the tensor itself, under torch.no_grad().
+        """
+        versions = [(None if v.is_inference() else v._version, v.dtype, v.device) for v in tensors]
+        if self._memory is None or self._memory[1] != versions or any(map(operator.is_not, self._memory[0], tensors)):
+            self._memory = tensors, versions, compute()
+        return self._memory[2]
+
+    def while_frozen(self, compute, *tensors):
+        """compute(), remembered where no gradient is asked for."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return compute()
+        return self.remembered(compute, *tensors)
+
+
+class SparseAdapter(Adapter):
     """What is trained: W_s (C_i, M), which makes the coefficients S, and the atoms D (M, C_o)
 
         order="before"    S = A σ_λ(X W_s)    what the paper runs (§3.4)
@@ -33,7 +69,7 @@ class SparseAdapter(nn.Module):
         self, in_dim, out_dim, heads, *, atoms=256, density=0.02, threshold="top_k", lam=None, order="before"
     ):
         super().__init__()
-        if atoms < 1 or atoms % heads:
+        if not is_whole(atoms) or atoms < 1 or atoms % heads:
             raise UserError(f"atoms={atoms} does not split over {heads} heads; choose a multiple of {heads}")
         if threshold not in THRESHOLDS:
             raise UserError(f"threshold={threshold!r} is unknown; choose one of {', '.join(THRESHOLDS)}")
@@ -41,19 +77,25 @@ class SparseAdapter(nn.Module):
             raise UserError(f"order={order!r} is unknown; choose one of {', '.join(ORDERS)}")
         if threshold == "top_k" and lam is not None:
             raise UserError(f"lam={lam} has no meaning for top_k, which is set by density; leave lam out")
-        if threshold != "top_k" and (lam is None or lam < 0):
-            raise UserError(f"threshold={threshold!r} with lam={lam}; give a lam of 0 or more, like 0.1")
-        self.heads, self.atoms, self.threshold, self.lam, self.order = heads, atoms, threshold, lam, order
+        if threshold != "top_k" and not (is_number(lam) and lam >= 0):
+            raise UserError(f"threshold={threshold!r} with lam={lam!r}; give a lam of 0 or more, like 0.1")
+        lam = None if lam is None else float(lam)
+        self.heads, self.atoms, self.threshold, self.lam, self.order = heads, int(atoms), threshold, lam, order
         self.set_density(density)
         self.W_s = nn.Parameter(torch.randn(in_dim, atoms) / in_dim**0.5)  # (C_i, M)
         self.D = nn.Parameter(torch.zeros(atoms, out_dim))  # (M, C_o)
         self.register_buffer("usage", torch.zeros(atoms))  # (M,)
+        self.measured_with = None  # usage_depends_on() of that time
         self.register_buffer("keep", torch.ones(atoms, dtype=torch.bool), persistent=False)  # (M,)
 
     def set_density(self, density):
-        if not 0 < density <= 1:
-            raise UserError(f"density={density} is not a share of the atoms; choose one above 0 and up to 1")
-        self.density = density
+        if not is_number(density) or not 0 < density <= 1:
+            raise UserError(f"density={density!r} is not a share of the atoms; choose one above 0 and up to 1")
+        self.density = float(density)
+
+    def usage_depends_on(self):
+        """What `usage` is measured with; the usage is out of date when this has changed."""
+        return self.density, checksum(self.W_s)
 
     @property
     def k(self):
@@ -87,8 +129,13 @@ class SparseAdapter(nn.Module):
         return coefficients @ atoms.to(coefficients.dtype)  # (B, N, M) x (M, C_o) -> (B, N, C_o)
 
     def silent(self):
-        """Whether ΔO is zero for every input: D untrained, or no atom kept."""
-        return not (self.D.any(dim=1) & self.keep).any()
+        """Whether ΔO is zero for every input: D untrained, or no atom kept. torch.compile takes it for not silent.
+
+        Asking a GPU waits for it, so the answer is remembered.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        return self.remembered(lambda: not (self.D.any(dim=1) & self.keep).any().item(), self.D, self.keep)
 
 
 class SparseAttention(nn.Module):
@@ -107,7 +154,10 @@ class SparseAttention(nn.Module):
 
         Fused kernels want q, k and v equally wide: q and k are padded with zeros, and the scale stays
         that of the unpadded head. Padding can change how a kernel rounds O, so a silent adapter takes
-        O from a pass of its own: then the output is the base model's to the bit.
+        O from a pass of its own: then the output is the base model's to the bit. (torch.compile pads always.)
+
+        Fused kernels take heads of up to 256 numbers. Here a head has C/H + M/H: in PixArt-Σ 72 + M/16, which is 88 at
+        M = 256. Above M = 2,944 the fused kernels are lost, and the slow one takes over.
         """
         q, k, v = self.base.project(x, context)  # (B, H, N, C/H), (B, H, L, C/H), (B, H, L, C/H)
         z = self.adapter.encode(x if context is None else context)  # (B, L, M)

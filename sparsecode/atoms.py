@@ -7,11 +7,14 @@ import torch.nn.functional as F
 
 from .adapter import SparseAdapter
 from .attach import adapters
-from .common import UserError
+from .common import UserError, is_whole
 
 
 def set_density(model, rho):
-    """Let top-k keep max(1, round(ρ M)) coefficients of each token from now on (Fig. 6)."""
+    """Let top-k keep max(1, round(ρ M)) coefficients of each token from now on (Fig. 6).
+
+    The use of the atoms was measured with another density: record it again to rank them with this one.
+    """
     for adapter in sparse_adapters(model).values():
         if adapter.threshold != "top_k":
             raise UserError(f"only top_k has a density to set; the threshold here is {adapter.threshold!r}")
@@ -40,6 +43,7 @@ def record_usage(model):
             hook.remove()
     for adapter, (total, tokens) in tally.items():
         adapter.usage.copy_(total / tokens)  # (M,)
+        adapter.measured_with = adapter.usage_depends_on()
 
 
 @torch.no_grad()
@@ -52,6 +56,11 @@ def importance(model):
     measured = any(adapter.usage.any() for adapter in layers.values())
     if not measured and any(adapter.D.any() for adapter in layers.values()):
         raise UserError("the use of these atoms was never measured; run the model inside record_usage(model)")
+    if any(adapter.measured_with not in (None, adapter.usage_depends_on()) for adapter in layers.values()):
+        raise UserError(
+            "the use of these atoms was measured before their density or W_s changed; "
+            "run the model inside record_usage(model) again"
+        )
     return {name: adapter.usage * adapter.D.norm(dim=1) for name, adapter in layers.items()}  # (M,) each
 
 
@@ -60,7 +69,7 @@ def top_atoms(model, n):
     """The n most important atoms of the whole model, the most important first: (layer, m, importance) of each."""
     scores = importance(model)
     atoms = [(name, m) for name, score in scores.items() for m in range(len(score))]
-    if not isinstance(n, int) or not 1 <= n <= len(atoms):
+    if not is_whole(n) or not 1 <= n <= len(atoms):
         raise UserError(f"cannot name the top {n!r} atoms; choose a number from 1 to {len(atoms)}")
     best = torch.cat([score.cpu() for score in scores.values()]).topk(n)  # (all atoms,) -> (n,)
     return [(*atoms[i], value) for i, value in zip(best.indices.tolist(), best.values.tolist())]
@@ -95,8 +104,8 @@ def keep_atoms(model, n):
     """
     layers = sparse_adapters(model)
     total = sum(adapter.atoms for adapter in layers.values())
-    n = total if n in (None, "all") else n
-    if not isinstance(n, int) or not 0 <= n <= total:
+    n = total if n is None or isinstance(n, str) and n == "all" else n
+    if not is_whole(n) or not 0 <= n <= total:
         raise UserError(f"cannot keep {n!r} atoms; choose a number from 0 to {total}, or 'all'")
     kept = torch.zeros(total, dtype=torch.bool)  # (all atoms,)
     if n == total:

@@ -3,6 +3,8 @@
 import inspect
 import re
 
+import torch
+
 from .adapter import SparseAdapter, SparseAttention
 from .attention import Attention
 from .baselines import OFT, AdaptedLinear, DoRA, LoRA
@@ -61,6 +63,8 @@ def wrap(model, method, sites, target, options):
     known = inspect.getfullargspec(METHODS[method].__init__).kwonlyargs
     if unknown := options.keys() - set(known):
         raise UserError(f"{method} has no option {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    if torch.is_inference_mode_enabled():
+        raise UserError("adapters made inside torch.inference_mode cannot be trained; attach or load them outside it")
     wrappers = {}
     for site in sites:
         base = model.get_submodule(site)
@@ -70,7 +74,8 @@ def wrap(model, method, sites, target, options):
         else:
             wrappers[site] = AdaptedLinear(base, METHODS[method](base, **options))
     for wrapper in wrappers.values():
-        wrapper.adapter.to(next(wrapper.base.parameters()).device)
+        if not any(value.is_meta for value in wrapper.adapter.parameters()):  # load_adapter gives those their place
+            wrapper.adapter.to(next(wrapper.base.parameters()).device)
         wrapper.adapter.target = target  # for save_adapter
     return wrappers
 
@@ -86,7 +91,7 @@ def attentions(model, target=""):
     try:
         pattern = re.compile(target)
     except re.error as error:
-        raise UserError(f"target={target!r} is no regular expression ({error}); mend it") from None
+        raise UserError(f"target={target!r} is no regular expression ({error}); fix it") from None
     plain = {wrapper.base: name for name, wrapper in attached(model).items()}
     found = {plain.get(m, name): m for name, m in model.named_modules() if name and isinstance(m, Attention)}
     return {name: attention for name, attention in found.items() if pattern.search(name)}

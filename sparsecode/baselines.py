@@ -9,7 +9,8 @@ import math
 import torch
 from torch import nn
 
-from .common import UserError
+from .adapter import Adapter
+from .common import UserError, is_number, is_whole
 
 
 class AdaptedLinear(nn.Module):
@@ -23,16 +24,18 @@ class AdaptedLinear(nn.Module):
         return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
 
 
-class LoRA(nn.Module):
+class LoRA(Adapter):
     """y = W x + b + (α/r) B A x,  A (r, C_i) Kaiming-uniform, B (C_o, r) zero"""
 
     method = "lora"
 
     def __init__(self, linear, *, r=16, alpha=16):
         super().__init__()
-        if r < 1:
-            raise UserError(f"r={r} is not a rank; choose 1 or more")
-        self.r, self.alpha = r, alpha
+        if not is_whole(r) or r < 1:
+            raise UserError(f"r={r!r} is not a rank; choose 1 or more")
+        if not is_number(alpha):
+            raise UserError(f"alpha={alpha!r} is not a number; choose one like 16")
+        self.r, self.alpha = int(r), int(alpha) if is_whole(alpha) else float(alpha)
         self.A = nn.Parameter(torch.empty(r, linear.in_features))  # (r, C_i)
         self.B = nn.Parameter(torch.zeros(linear.out_features, r))  # (C_o, r)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -54,7 +57,7 @@ class DoRA(LoRA):
     """y = g ⊙ (W + (α/r) B A) x + b  with  g = m / ‖W + (α/r) B A‖ for each row
 
     The norm is held constant in the backward pass, as in DoRA's §4.3, and m starts at ‖W‖. Written as
-    W x + b plus a change, which is exactly zero while g = 1 and B = 0.
+    W x + b plus a change, which is exactly zero while g = 1 and B = 0. A row of zeros has no direction: g is 1 there.
     """
 
     method = "dora"
@@ -63,11 +66,14 @@ class DoRA(LoRA):
         super().__init__(linear, r=r, alpha=alpha)
         self.m = nn.Parameter(linear.weight.detach().float().norm(dim=1))  # (C_o,)
 
+    @torch.no_grad()
+    def row_norms(self, linear):
+        adapted = linear.weight.float() + self.B @ self.A * (self.alpha / self.r)  # (C_o, C_i)
+        return adapted.norm(dim=1)  # (C_o, C_i) -> (C_o,)
+
     def gain(self, linear):
-        with torch.no_grad():
-            adapted = linear.weight.float() + self.B @ self.A * (self.alpha / self.r)  # (C_o, C_i)
-            norm = adapted.norm(dim=1)  # (C_o, C_i) -> (C_o,)
-        return self.m / norm  # (C_o,)
+        norm = self.while_frozen(lambda: self.row_norms(linear), linear.weight, self.A, self.B)  # (C_o,)
+        return torch.where(norm > 0, self.m / torch.where(norm > 0, norm, 1.0), 1.0)  # (C_o,)
 
     def forward(self, x, linear):
         y = linear(x)  # (..., C_i) -> (..., C_o)
@@ -76,7 +82,7 @@ class DoRA(LoRA):
         return y + (g - 1).to(x.dtype) * without_bias + g.to(x.dtype) * self.update(x)  # (..., C_o)
 
 
-class OFT(nn.Module):
+class OFT(Adapter):
     """y = W (x R) + b,  R block-diagonal and orthogonal: R = (I − Q)(I + Q)⁻¹,  Q = (P − Pᵀ)/2
 
     P (blocks, b, b) is stored in full, as in the paper's count of 37M, and starts at zero. (peft stores
@@ -88,9 +94,9 @@ class OFT(nn.Module):
 
     def __init__(self, linear, *, blocks=4):
         super().__init__()
-        if blocks < 1 or linear.in_features % blocks:
-            raise UserError(f"blocks={blocks} does not divide width {linear.in_features}; choose a divisor")
-        self.blocks = blocks
+        if not is_whole(blocks) or blocks < 1 or linear.in_features % blocks:
+            raise UserError(f"blocks={blocks!r} does not divide width {linear.in_features}; choose a divisor")
+        self.blocks = int(blocks)
         width = linear.in_features // blocks
         self.P = nn.Parameter(torch.zeros(blocks, width, width))  # (blocks, b, b)
 
@@ -105,5 +111,6 @@ class OFT(nn.Module):
 
     def forward(self, x, linear):
         x_blocks = x.unflatten(-1, (self.blocks, -1))  # (..., C_i) -> (..., blocks, b)
-        rotated = torch.einsum("...kb,kbc->...kc", x_blocks, self.rotation().to(x.dtype))  # (..., blocks, b)
+        rotation = self.while_frozen(self.rotation, self.P)  # (blocks, b, b)
+        rotated = torch.einsum("...kb,kbc->...kc", x_blocks, rotation.to(x.dtype))  # (..., blocks, b)
         return linear(rotated.flatten(-2))  # (..., blocks, b) -> (..., C_i) -> (..., C_o)

@@ -1,5 +1,6 @@
 """What everything that reads or writes files shares: an error for users, whole files, locked folders, checked JSON."""
 
+import hashlib
 import json
 import math
 import numbers
@@ -8,6 +9,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
 
 try:
     import fcntl
@@ -45,6 +49,17 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_tensors(path, tensors, metadata):
+    """A safetensors file with a sorted header, so that its bytes depend only on what it holds."""
+    data = memoryview(save(tensors, metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(bytes(data[8:start])), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(data[start:])
+
+
 def remove_leftovers(folder):
     """Remove the temporary files of `replacing` in a folder whose process is gone: it was killed while it wrote."""
     for file in Path(folder).glob(".[0-9]*.*"):
@@ -79,6 +94,8 @@ def locked(folder):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing to {folder}; wait until it ends, or name another folder") from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)
@@ -109,7 +126,7 @@ class Kind(NamedTuple):
 
 TEXT = Kind("text", lambda v: isinstance(v, str))
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
-COUNT = Kind("a whole number above 0", lambda v: is_whole(v) and v > 0)
+COUNT = Kind("a whole number above 0", lambda v: is_whole(v) and 0 < v < 2**31)
 NUMBER = Kind("a number", is_number)
 POSITIVE = Kind("a number above 0", lambda v: is_number(v) and v > 0)
 OBJECT = Kind("an object {…}", lambda v: isinstance(v, dict))
@@ -165,3 +182,12 @@ def _finite(text):
 def _short(value):
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def checksum(*tensors, dtype=torch.float32):
+    """Eight hexadecimal digits that tell tensors apart by about 64 numbers of each, rounded to `dtype`."""
+    samples = []
+    for value in tensors:
+        step = max(1, value.numel() // 64) | 1  # odd, so that it does not stay in one column
+        samples.append(value.detach().flatten()[::step].to(dtype).float())
+    return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:8]

@@ -1,12 +1,16 @@
 """Dictionary learning: the atoms D that let the signals X ≈ S D be sparse (Eq. 4, 5)."""
 
+import math
+
 import torch
 from tqdm import tqdm
 
-from .common import UserError
-from .lasso import finite_matrix, fista, lasso_objective
+from .common import UserError, is_whole
+from .lasso import fista, lasso_objective
+from .lasso_solver import finite_matrix, unit_of
 
 COPY = 0.9  # |cos| above which one atom is a copy of another
+DRAWN = 2**24  # the most signals that torch.multinomial can draw from
 
 
 @torch.no_grad()
@@ -19,25 +23,29 @@ def learn_dictionary(signals, n_atoms, lam, *, max_iter=200, tol=1e-5, seed=0, c
     `tol` of it, dead atoms are replaced (see `replace_dead`) and the rounds go on. The end is reached when that has not
     paid, and what was best is returned, or after `max_iter` rounds. `callback(k, D, S)` is called in each.
     """
-    if n_atoms < 1 or max_iter < 1:
+    if not (is_whole(n_atoms) and is_whole(max_iter) and n_atoms > 0 and max_iter > 0):
         raise UserError(f"n_atoms={n_atoms}, max_iter={max_iter}: give at least one atom and one round")
     x = finite_matrix("signals", signals)  # (N, C)
+    unit = unit_of(x)
+    x = x / unit  # squares stay in the range of float32
     strength = x.square().sum(dim=1)  # (N,)
-    largest = 2 * strength.max().sqrt().item() if len(x) else 0.0  # of max|2 X Dᵀ| for any atoms of unit norm
-    if not lam < largest:
-        raise UserError(f"lam={lam} leaves every code at zero; with these signals give one well below {largest:.3g}")
+    largest = 2 * unit * strength.max().sqrt().item() if len(x) else 0.0  # of max|2 X Dᵀ| for any atoms of unit norm
+    if not 0 <= lam < largest:
+        raise UserError(f"lam={lam}: give 0 or more, and well below {largest:.3g}, where all codes are 0")
+    lam = lam / unit
+    every = max(1, math.ceil(len(x) / DRAWN))
     generator = torch.Generator(x.device).manual_seed(seed)
-    drawn = torch.multinomial(strength, n_atoms, replacement=True, generator=generator)  # (M,)
-    dictionary = torch.nn.functional.normalize(x[drawn])  # (M, C)
+    drawn = torch.multinomial(strength[::every], n_atoms, replacement=True, generator=generator)  # (M,)
+    dictionary = torch.nn.functional.normalize(x[::every][drawn])  # (M, C)
 
     best, before = float("inf"), float("inf")
     for k in (bar := tqdm(range(1, max_iter + 1), "dictionary", unit="round", disable=None, leave=False)):
         codes = fista(x, dictionary, lam, tol=1e-3)  # (N, M): rough is enough while the atoms still move
         update_atoms(x, codes, dictionary)
         after = lasso_objective(x, codes, dictionary, lam).item()
-        bar.set_postfix(objective=f"{after:.5g}")
+        bar.set_postfix(objective=f"{after * unit**2:.5g}")
         if callback:
-            callback(k, dictionary, codes)
+            callback(k, dictionary, codes * unit)
         if before - after < tol * before:
             if best - after < tol * best:
                 break
@@ -49,7 +57,7 @@ def learn_dictionary(signals, n_atoms, lam, *, max_iter=200, tol=1e-5, seed=0, c
     if best < after:
         dictionary = kept
     codes = fista(x, dictionary, lam)  # (N, M)
-    return dictionary.to(signals.dtype), codes.to(signals.dtype)
+    return dictionary.to(signals.dtype), (codes * unit).to(signals.dtype)
 
 
 def update_atoms(signals, codes, dictionary):

@@ -3,23 +3,29 @@
 import dataclasses
 import json
 import re
+import warnings
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from . import peft_layout
-from .attach import attached, attentions, install, sites_of, wrap
-from .common import UserError, replacing
+from .attach import METHODS, attached, attentions, install, sites_of, wrap
+from .common import COUNT, NUMBER, OBJECT, TEXT, UserError, checksum, object_of, read_json, replacing, write_tensors
 
 FORMAT = "1"  # of the adapter file; raise it whenever the meaning of a file changes
+OPTIONS = {"atoms": COUNT, "density": NUMBER, "threshold": TEXT, "lam": NUMBER, "order": TEXT}
+OPTIONS |= {"r": COUNT, "alpha": NUMBER, "blocks": COUNT}
+FLOATS = ("F64", "F32", "F16", "BF16")  # what tensors of a file may be
 
 
 def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     """Write the adapters in float32: to one safetensors file, or with layout="peft" to a folder that peft can load.
 
-    The header says all that `load_adapter` needs to attach them again and to refuse another base
-    model, the `prompt` they were trained on, and `notes`: whatever else is worth keeping (the seed…).
+    The header says all that `load_adapter` needs to attach them again and to tell base models apart, the `prompt` they
+    were trained on, and `notes`: whatever else is worth keeping (the seed…). Of the atoms D only those that
+    `keep_atoms` has left on are written, C_i M + ρ C_o M numbers (§3.5): the others are gone from the file. The same
+    adapters give the same bytes.
     """
     wrappers = attached(model)
     if not wrappers:
@@ -27,33 +33,34 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     if layout not in ("sparsecode", "peft"):
         raise UserError(f"layout={layout!r} is unknown; choose sparsecode or peft")
     adapter = next(iter(wrappers.values())).adapter
-    base = _fingerprint(model, adapter.target)
-    state = _state(wrappers)
+    base, state = _base(model, _attentions_of(wrappers, adapter.method)), _state(wrappers)
+    weights = weights_checksums(model)
     if layout == "peft":
         if adapter.method == "sparse":
             raise UserError("peft has no sparse adapter; save it without layout='peft'")
-        header = {"base": base, "notes": notes, "prompt": prompt}
+        header = {"base": base, "weights": weights, "notes": notes, "prompt": prompt}
         peft_layout.write(path, adapter, list(wrappers), _for_file(peft_layout.pack(state)), header)
         return
-    if wrappers.keys() != set(sites_of(model, adapter.method, adapter.target)):
-        raise UserError("these adapters do not cover all projections of an attention; save them with layout='peft'")
     header = {
         "format": FORMAT,
         "method": adapter.method,
+        "adapters": str(len(wrappers)),
         "options": json.dumps({"target": adapter.target, **adapter.options}),
         "base": json.dumps(base),
-        "notes": json.dumps(notes),
+        "weights": json.dumps(weights),
+        "notes": json.dumps(notes, allow_nan=False),
     }
     if prompt is not None:
         header["prompt"] = prompt
     with replacing(path) as temporary:
-        save_file(_for_file(state), temporary, metadata=header)
+        write_tensors(temporary, _for_file(_without_dropped(state, wrappers)), header)
 
 
 def read_header(path):
-    """What an adapter file or a folder in peft's layout says: format, method, options, base, notes, prompt (or None).
+    """What an adapter file or a folder in peft's layout says.
 
-    A folder that peft wrote has no notes, and its base is None: any model that its tensors fit.
+    format, method, options, base, weights, notes, prompt. A folder that peft wrote has no notes, and its base is None:
+    any model that its tensors fit. Weights may be None, and prompt.
     """
     if Path(path).is_dir():
         return _read_peft_header(Path(path))
@@ -63,66 +70,96 @@ def read_header(path):
         raise UserError(f"{path} was not written by save_adapter: its header lacks the adapter's description")
     if header["format"] != FORMAT:
         raise UserError(f"{path} has format version {header['format']}, this code reads version {FORMAT}")
-    try:
-        parsed = {key: json.loads(header[key]) for key in ("options", "base", "notes")}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} has a damaged header ({error}); save or copy it again") from None
-    return {"prompt": None, **header, **parsed}
+    if header["method"] not in METHODS:
+        raise UserError(f"{path}: method={header['method']!r} is unknown; choose one of {', '.join(METHODS)}")
+    parsed = {key: read_json(header[key], where=f"{path}: {key}") for key in ("base", "notes")}
+    parsed["options"] = read_json(header["options"], {"target": TEXT}, OPTIONS, f"{path}: options")
+    weights = read_json(header["weights"], where=f"{path}: weights") if "weights" in header else None
+    return {"prompt": None, **header, **parsed, "weights": weights}
 
 
 def load_adapter(model, path):
     """Attach the adapters of a file, or of a folder in peft's layout, to `model` and return their header.
 
-    Everything is checked before the model is touched: another base model, or a missing, unknown or
-    misshapen tensor, is refused and leaves the model as it was.
+    Everything is checked before the model is touched: another base model, or a missing, unknown or misshapen tensor,
+    is refused and leaves the model as it was. Other weights of the same base are a warning. Which modules are adapted
+    is told by the names of the tensors; the header's own pattern is not run.
     """
     header = read_header(path)
     in_peft_layout = header["format"] == "peft"
     options = dict(header["options"])
-    if in_peft_layout:
-        sites, target = _peft_sites(model, options.pop("target_modules"), path)
-        path = Path(path) / peft_layout.WEIGHTS
-    else:
-        target = options.pop("target")
-        sites = sites_of(model, header["method"], target)
     if header["base"] is not None:
-        _check_base(path, header["base"], _fingerprint(model, target))
-    wrappers = wrap(model, header["method"], sites, target, options)
-    state = _state(wrappers)  # shares memory with the adapters
-    if in_peft_layout:
-        peft_layout.unpack(_read(path, peft_layout.pack(state)), state)
-    else:
-        for key, tensor in _read(path, state).items():
-            state[key].copy_(tensor)
+        _check_base(path, header["base"], _base(model, header["base"]))
+    file = Path(path) / peft_layout.WEIGHTS if in_peft_layout else path
+    with _open(file) as stored:
+        keys = set(stored.keys())
+        sites = sites_of(model, header["method"], "")
+        if in_peft_layout:
+            listed = options.pop("target_modules")
+            sites = [site for site in sites if peft_layout.is_target(site, listed, keys)]
+        else:
+            named = {key.rpartition(".")[0] for key in keys}
+            sites = [site for site in sites if site in named]
+        if not sites:
+            raise UserError(f"{file} has {_some(sorted(keys) or ['nothing'])}, which is for no attention of this model")
+        if header.get("adapters", str(len(sites))) != str(len(sites)):  # files of the past do not say how many
+            raise UserError(f"{file} says adapters={header['adapters']}, but has tensors for {len(sites)} of them here")
+        exactly = "|".join(f"^{re.escape(name)}$" for name in _attentions_of(sites, header["method"]))
+        target = options.pop("target", exactly)  # kept for the next file, never run
+        with torch.device("meta"):  # no memory until the file has shown that it holds as much
+            wrappers = wrap(model, header["method"], sites, target, options)
+        state = _state(wrappers)
+        expected = peft_layout.pack(state) if in_peft_layout else state
+        shapes = {key: list(value.shape) for key, value in expected.items()}
+        for site in sites:
+            if f"{site}.keep" in keys and f"{site}.D" in shapes:
+                shapes[f"{site}.keep"] = shapes[f"{site}.usage"]
+                shapes[f"{site}.D"][0] = int(stored.get_tensor(f"{site}.keep").count_nonzero())
+        tensors = _read(file, stored, shapes)
+    _fill(wrappers, tensors, in_peft_layout)
     install(model, wrappers)
+    if header["weights"] is not None:
+        _compare_weights(path, header["weights"], weights_checksums(model))
     return header
+
+
+def weights_checksums(model):
+    """What tells weights of one config apart: a checksum for each part of the model, {"blocks.0": "1f3a…", …}
+
+    It takes 64 numbers of each parameter, rounded to bfloat16, so that a float32 and a bfloat16 load of one file agree.
+    Adapters are left out.
+    """
+    ours = {id(value) for wrapper in attached(model).values() for value in wrapper.adapter.parameters()}
+    parts = {}
+    for name, value in model.named_parameters():
+        if id(value) not in ours:
+            part = ".".join([word for word in name.split(".") if word != "base"][:2])  # as without adapters
+            parts.setdefault(part, []).append(value)
+    return {part: checksum(*values, dtype=torch.bfloat16) for part, values in parts.items()}
 
 
 def _read_peft_header(folder):
     method, options, target_modules = peft_layout.read_config(folder)
     with _open(folder / peft_layout.WEIGHTS) as file:
-        written_here = (file.metadata() or {}).get("sparsecode", '{"base": null, "notes": {}, "prompt": null}')
+        written_here = (file.metadata() or {}).get("sparsecode", "{}")
         shapes = [file.get_slice(key).get_shape() for key in file.keys()]
     if method == "oft" and shapes and shapes[0]:  # (blocks, …): peft rounds an r or oft_block_size to what divides
         options = {"blocks": shapes[0][0]}
-    try:
-        header = json.loads(written_here)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder} has a damaged header ({error}); save or copy it again") from None
-    return {"format": "peft", "method": method, "options": {"target_modules": target_modules, **options}, **header}
+    fields = {"base": OBJECT, "weights": object_of(TEXT), "notes": OBJECT, "prompt": TEXT}
+    header = read_json(written_here, {}, fields, f"{folder}: header")
+    header = {"notes": {}, **{name: header.get(name) for name in fields if header.get(name) is not None}}
+    options = {"target_modules": target_modules, **options}
+    return {"format": "peft", "method": method, "options": options, "base": None, "weights": None, "prompt": None,
+            **header}  # fmt: skip
 
 
-def _peft_sites(model, target_modules, folder):
-    """The projections that peft would adapt, and a `target` for exactly their attentions."""
-    sites = [site for site in sites_of(model, "lora", "") if peft_layout.is_target(target_modules, site)]
-    if not sites:
-        raise UserError(f"{folder}: target_modules {target_modules!r} names no projection of an attention here")
-    attentions = dict.fromkeys(site.rpartition(".")[0] for site in sites)
-    return sites, "|".join(f"^{re.escape(name)}$" for name in attentions)
+def _attentions_of(sites, method):
+    """Names of the attentions that are adapted, or whose projections are."""
+    return list(dict.fromkeys(site if method == "sparse" else site.rpartition(".")[0] for site in sites))
 
 
 def _state(wrappers):
-    """What a file holds: every adapter's parameters and persistent buffers by full name."""
+    """Every adapter's parameters and persistent buffers by full name, sharing memory with it."""
     return {
         f"{name}.{key}": value
         for name, wrapper in wrappers.items()
@@ -130,27 +167,66 @@ def _state(wrappers):
     }
 
 
-def _fingerprint(model, target):
-    """What tells one base model from another: its config, or else the widths of what is adapted."""
+def _without_dropped(state, wrappers):
+    """What a file holds of `state`: of D the rows that are kept, and of `usage` what is not out of date."""
+    state = dict(state)
+    for name, wrapper in wrappers.items():
+        adapter = wrapper.adapter
+        if adapter.method == "sparse" and not adapter.keep.all():
+            state[f"{name}.keep"], state[f"{name}.D"] = adapter.keep, adapter.D[adapter.keep]
+        if adapter.method == "sparse" and adapter.measured_with not in (None, adapter.usage_depends_on()):
+            state[f"{name}.usage"] = torch.zeros_like(adapter.usage)
+    return state
+
+
+@torch.no_grad()
+def _fill(wrappers, tensors, in_peft_layout):
+    """Give adapters without memory theirs, and the numbers of a file."""
+    for wrapper in wrappers.values():
+        wrapper.adapter.to_empty(device=next(wrapper.base.parameters()).device)
+    if in_peft_layout:
+        peft_layout.unpack(tensors, _state(wrappers))
+        return
+    for name, wrapper in wrappers.items():
+        adapter = wrapper.adapter
+        if adapter.method == "sparse":
+            adapter.keep.copy_(tensors.pop(f"{name}.keep", torch.tensor(True)))
+            rows = tensors.pop(f"{name}.D").to(adapter.D.device)
+            adapter.D.zero_()[adapter.keep] = rows
+    state = _state(wrappers)
+    for key, tensor in tensors.items():
+        state[key].copy_(tensor)
+    for adapter in (wrapper.adapter for wrapper in wrappers.values() if wrapper.adapter.method == "sparse"):
+        adapter.measured_with = adapter.usage_depends_on()
+
+
+def _base(model, names):
+    """What tells one base model from another: its config, or else the widths of the attentions that are adapted."""
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
         return json.loads(json.dumps(dataclasses.asdict(config)))  # as a file gives it back
-    return {name: f"width {a.dim}, {a.heads} heads" for name, a in attentions(model, target).items()}
+    return {name: f"width {a.dim}, {a.heads} heads" for name, a in attentions(model).items() if name in names}
 
 
 def _check_base(path, theirs, ours):
-    keys = [*theirs, *(key for key in ours if key not in theirs)]
     differing = [
         f"{key} is {theirs.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
-        for key in keys
+        for key in {**theirs, **ours}
         if theirs.get(key, "absent") != ours.get(key, "absent")
     ]
     if differing:
         raise UserError(f"{path} was trained on another base model: {'; '.join(differing)}")
 
 
+def _compare_weights(path, theirs, ours):
+    if differing := [part for part in {**theirs, **ours} if theirs.get(part) != ours.get(part)]:
+        warnings.warn(f"{path} was trained on other weights of this model: {_some(differing)} differ", stacklevel=3)
+
+
 def _for_file(state):
-    return {key: value.detach().float().cpu().contiguous() for key, value in state.items()}
+    """On the CPU and in float32, but for what says yes or no."""
+    moved = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return {key: value if value.dtype == torch.bool else value.float() for key, value in moved.items()}
 
 
 def _open(path):
@@ -162,19 +238,24 @@ def _open(path):
         raise UserError(f"{path} cannot be read as safetensors ({error}); save or copy it again") from None
 
 
-def _read(path, expected):
-    """The tensors of a file, which must have the keys and shapes of `expected`."""
-    with _open(path) as file:
-        stored = set(file.keys())
-        if missing := sorted(expected.keys() - stored):
-            raise UserError(f"{path} lacks {_some(missing)}")
-        if extra := sorted(stored - expected.keys()):
-            raise UserError(f"{path} has {_some(extra)}, which the adapters on its attentions do not know")
-        for key, value in expected.items():
-            shape = file.get_slice(key).get_shape()
-            if shape != list(value.shape):
-                raise UserError(f"{path} has {key} of shape {shape} where {list(value.shape)} belongs")
-        return {key: file.get_tensor(key) for key in expected}
+def _read(path, file, shapes):
+    """The tensors of an open file, which must have these keys and shapes, and finite numbers."""
+    stored = set(file.keys())
+    if missing := sorted(shapes.keys() - stored):
+        raise UserError(f"{path} lacks {_some(missing)}")
+    if extra := sorted(stored - shapes.keys()):
+        raise UserError(f"{path} has {_some(extra)}, which the adapters on its attentions do not know")
+    for key, shape in shapes.items():
+        found = file.get_slice(key)
+        if found.get_shape() != shape:
+            raise UserError(f"{path} has {key} of shape {found.get_shape()} where {shape} belongs")
+        if found.get_dtype() not in (("BOOL",) if key.endswith(".keep") else FLOATS):
+            raise UserError(f"{path} has {key} in {found.get_dtype()}; expected floating point numbers")
+    tensors = {key: file.get_tensor(key) for key in shapes}
+    for key, tensor in tensors.items():
+        if not tensor.float().isfinite().all():
+            raise UserError(f"{path} has NaN or infinite values in {key}; save or copy it again")
+    return tensors
 
 
 def _some(names):

@@ -6,14 +6,15 @@ change what an adapter computes, and that LoRA, DoRA and OFT here do not have, a
 """
 
 import json
-import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from .common import UserError, replacing
+from .common import FLAG, NUMBER, TEXT, Kind, UserError, is_whole, list_of, read_json, replacing, write_tensors
 
+WHOLE = Kind("a whole number of 0 or more", lambda v: is_whole(v) and 0 <= v < 2**31)
+NAMED = list_of(TEXT)
+TARGETS = Kind("text, or a list of text", lambda v: TEXT.fits(v) or NAMED.fits(v))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector", "P": "oft_R.weight"}
 DEFAULTS = {"LORA": {"r": 8, "lora_alpha": 8, "use_dora": False}, "OFT": {"use_cayley_neumann": True}}  # peft's own
@@ -28,12 +29,15 @@ def diffusers_name(name):
     return f"{name}.0" if name.endswith("to_out") else name
 
 
-def is_target(target_modules, name):
-    """Whether peft would adapt the projection `name`: a regular expression of the whole name, or a list of endings."""
+def is_target(name, target_modules, keys):
+    """Whether peft adapts the projection `name`: by target_modules, a list of endings, or else by the tensors' names.
+
+    target_modules may also be a regular expression. It comes with the file and can take forever, so it is not run.
+    """
     name = diffusers_name(name)
-    if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
-    return any(f".{name}".endswith(f".{ending}") for ending in target_modules)
+    if isinstance(target_modules, list):
+        return any(f".{name}".endswith(f".{ending}") for ending in target_modules)
+    return any(f"base_model.model.{name}.{end}" in keys for end in NAMES.values())
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------------
@@ -84,40 +88,28 @@ def write(folder, adapter, sites, tensors, header):
     config |= {"target_modules": [diffusers_name(site) for site in sites], "bias": "none", "inference_mode": True}
     text = json.dumps(config, indent=2) + "\n"
     with replacing(Path(folder) / CONFIG) as config_file, replacing(Path(folder) / WEIGHTS) as weights_file:
-        save_file(tensors, weights_file, metadata={"format": "pt", "sparsecode": json.dumps(header)})
+        write_tensors(weights_file, tensors, {"format": "pt", "sparsecode": json.dumps(header, allow_nan=False)})
         config_file.write_text(text, encoding="utf-8")
 
 
 def read_config(folder):
-    """The method, its options and target_modules of a folder; the blocks of OFT are told by its tensors."""
+    """The method, its options and target_modules; the blocks of OFT are told by its tensors."""
     file = Path(folder) / CONFIG
-    config = _read_json(file)
-    kind = config.get("peft_type")
+    if not file.exists():
+        raise UserError(f"{folder} holds no {CONFIG}; name an adapter file, or a folder that peft wrote")
+    optional = {"r": WHOLE, "lora_alpha": NUMBER, "use_dora": FLAG}
+    config = read_json(file, {"peft_type": TEXT, "target_modules": TARGETS}, optional)
+    kind = config["peft_type"]
     if kind not in DEFAULTS:
         raise UserError(f"{file} is for {kind}; only LORA (with or without DoRA) and OFT are supported")
-    config = {**DEFAULTS[kind], **config}
+    config = DEFAULTS[kind] | {name: value for name, value in config.items() if value is not None}
     for name, value in config.items():
         if name not in HARMLESS and not _is_off(name, value):
             raise UserError(f"{file}: {name} is {json.dumps(value)}; only adapters without it are supported")
-    target_modules = _target_modules(file, config.get("target_modules"))
     if kind == "OFT":
-        return "oft", {}, target_modules
-    r, alpha = config["r"], config["lora_alpha"]
-    if type(r) is not int or type(alpha) not in (int, float):
-        raise UserError(f"{file}: r is {r!r} and lora_alpha is {alpha!r}; both must be numbers")
-    return ("dora" if config["use_dora"] else "lora"), {"r": r, "alpha": alpha}, target_modules
-
-
-def _read_json(file):
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} holds no {CONFIG}; name an adapter file, or a folder that peft wrote") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); save or copy it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} is not a table of settings; save or copy it again")
-    return config
+        return "oft", {}, config["target_modules"]
+    options = {"r": config["r"], "alpha": config["lora_alpha"]}
+    return ("dora" if config["use_dora"] else "lora"), options, config["target_modules"]
 
 
 def _is_off(name, value):
@@ -125,15 +117,3 @@ def _is_off(name, value):
     if name == "init_lora_weights":
         return value in (True, False, "gaussian")
     return value is None or value is False or value in ("none", [], {})
-
-
-def _target_modules(file, value):
-    try:
-        if isinstance(value, str):
-            re.compile(value)
-            return value
-        if isinstance(value, list) and all(isinstance(ending, str) for ending in value):
-            return value
-    except re.error as error:
-        raise UserError(f"{file}: target_modules {value!r} is no regular expression ({error})") from None
-    raise UserError(f"{file}: target_modules is {value!r}; expected a regular expression or a list of names")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecode import Attention, SparseAdapter, SparseAttention, UserError
 
@@ -195,9 +196,72 @@ def test_bfloat16_model_keeps_float32_parameters(name):
     assert module.adapter.D.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_a_cast_of_the_model_leaves_the_adapter_in_float32(cast):
+    module = build(density=0.2)
+    module.adapter.usage.uniform_()
+    before = {name: value.clone() for name, value in module.adapter.state_dict().items()}
+    cast(module)
+    assert module.base.to_q.weight.dtype != torch.float32
+    for name, value in module.adapter.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, before[name])
+    assert module(torch.randn(2, 6, 24, dtype=module.base.to_q.weight.dtype)).isfinite().all()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a program wait for its GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_unchanged_forward_does_not_wait(trained):
+    module, x = build(trained=trained), torch.randn(2, 6, 24)
+    with Waits() as first:
+        module(x)
+    with Waits() as second:
+        module(x)
+    assert (first.count, second.count) == (1, 0)
+
+
+def test_silence_is_asked_again_after_any_change(tmp_path):
+    module = build(trained=False)
+    adapter, trained = module.adapter, build().adapter.state_dict()
+    assert adapter.silent() and adapter.silent()
+    adapter.load_state_dict(trained)
+    assert not adapter.silent()
+    adapter.keep[:] = False
+    assert adapter.silent()
+    adapter.keep[:] = True
+    with torch.no_grad():
+        adapter.D.zero_()
+    assert adapter.silent()
+    optimizer = torch.optim.AdamW([adapter.D], lr=1e-3)
+    module(torch.randn(2, 6, 24)).sum().backward()
+    optimizer.step()
+    assert not adapter.silent() and not module.double().adapter.silent()
+    adapter.D = torch.nn.Parameter(torch.zeros_like(adapter.D))
+    assert adapter.silent()
+
+
+def test_compiles_to_one_graph():
+    module, x = build(), torch.randn(2, 6, 24)
+    found = torch._dynamo.explain(module)(x)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (dict(atoms=16.0), "atoms=16.0"),
+        (dict(density=float("nan")), "density=nan is not a share"),
+        (dict(threshold="soft", lam=float("nan")), "threshold='soft' with lam=nan"),
+        (dict(threshold="relu", lam=float("inf")), "threshold='relu' with lam=inf"),
         (dict(atoms=255), "atoms=255 does not split over 4 heads"),
         (dict(atoms=0), "atoms=0"),
         (dict(density=0), "density=0 is not a share"),

@@ -1,3 +1,6 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
 from small_model import SmallModel, shake, small_inputs
@@ -14,6 +17,7 @@ from sparsecode import (
     record_usage,
     set_density,
     top_atoms,
+    trainable,
 )
 
 ATOMS = 16  # in each of two layers
@@ -127,8 +131,9 @@ def test_keeps_the_n_most_important_of_the_whole_model(n, inputs):
     other.blocks[1]["attn1"].adapter.D.data *= 3
     scores = importance(other)
     ranked = sorted((-scores[name][m].item(), name, m) for name in scores for m in range(ATOMS))
-    for _, name, m in ranked[n:]:
-        adapters(other)[name].D.data[m] = 0
+    with torch.no_grad():
+        for _, name, m in ranked[n:]:
+            adapters(other)[name].D[m] = 0
     keep_atoms(model, n)
     kept = {name: adapter.keep.sum().item() for name, adapter in adapters(model).items()}
     assert sum(kept.values()) == n and len(set(kept.values())) == 2
@@ -147,7 +152,15 @@ def test_top_atoms_are_those_that_are_kept(n):
     assert kept == {(name, m) for name, m, _ in best}
 
 
-@pytest.mark.parametrize("n", [0, 2 * ATOMS + 1, "all"])
+def test_counts_may_be_numpys():
+    model, other = make(), make()
+    assert top_atoms(model, np.int64(3)) == top_atoms(model, 3)
+    keep_atoms(model, np.int64(3))
+    keep_atoms(other, 3)
+    assert all(torch.equal(a.keep, b.keep) for a, b in zip(adapters(model).values(), adapters(other).values()))
+
+
+@pytest.mark.parametrize("n", [0, 2 * ATOMS + 1, "all", True])
 def test_top_atoms_refuses_what_is_no_number_of_atoms(n):
     with pytest.raises(UserError, match="choose a number from 1 to 32"):
         top_atoms(make(), n)
@@ -180,7 +193,29 @@ def test_keep_can_grow_again(inputs):
     assert torch.equal(model(*inputs), other(*inputs))
 
 
-@pytest.mark.parametrize("n", [-1, 2 * ATOMS + 1, "some", 1.5])
+def test_use_is_measured_again_after_a_change_of_density_or_of_w_s(inputs):
+    """Never ranked by old numbers; a cast and a copy change nothing of it."""
+    model = make()
+    for changed in (model, copy.deepcopy(model), make().to(torch.bfloat16)):
+        expected = importance(changed)
+        set_density(changed, 0.75)
+        for ask in (importance, lambda m: keep_atoms(m, 3), lambda m: top_atoms(m, 3)):
+            with pytest.raises(UserError, match="measured before their density or W_s changed; run .* again$"):
+                ask(changed)
+        keep_atoms(changed, "all")  # needs no ranking
+        set_density(changed, 0.25)
+        assert all(torch.equal(score, expected[name]) for name, score in importance(changed).items())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-6)
+    model(*inputs).sum().backward()
+    optimizer.step()
+    with pytest.raises(UserError, match="again$"):
+        importance(model)
+    with record_usage(model), torch.no_grad():
+        model(*inputs)
+    assert importance(model)
+
+
+@pytest.mark.parametrize("n", [-1, 2 * ATOMS + 1, "some", 1.5, True, np.float64(2)])
 def test_keep_refuses_what_is_no_number_of_atoms(n):
     with pytest.raises(UserError, match="choose a number from 0 to 32, or 'all'"):
         keep_atoms(make(), n)

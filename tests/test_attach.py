@@ -112,3 +112,11 @@ def test_attach_refuses_a_second_time():
     model = adapted()
     with pytest.raises(UserError, match="attached to this model already; detach"):
         attach(model, "lora", target="attn2")
+
+
+@methods
+def test_inference_mode_is_no_place_to_attach(method):
+    model = make()
+    with torch.inference_mode(), pytest.raises(UserError, match="inside torch.inference_mode cannot be trained"):
+        attach(model, method, **OPTIONS[method])
+    assert not adapters(model)

@@ -130,6 +130,66 @@ def test_fresh_is_silent_to_the_bit(method, bias, dtype):
         assert torch.equal(module(x), module.base(x))
 
 
+def test_a_row_of_zeros_is_silent_in_dora_and_can_be_trained():
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH_IN, WIDTH_OUT).requires_grad_(False)
+    linear.weight[3] = 0
+    module, x = AdaptedLinear(linear, DoRA(linear, r=4)), torch.randn(5, WIDTH_IN)
+    assert torch.equal(module(x), linear(x))
+    module(x).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.adapter.parameters())
+    assert module.adapter.B.grad[3].any()
+
+
+@pytest.mark.parametrize("method", [DoRA, OFT])
+def test_what_is_computed_once_follows_every_change(method, monkeypatch):
+    """As often as parameters change, and always the value of a fresh computation."""
+    name = {DoRA: "row_norms", OFT: "rotation"}[method]
+    calls, compute = [], getattr(method, name)
+    monkeypatch.setattr(method, name, lambda self, *args: calls.append(1) or compute(self, *args))
+    module, other, x = build(method), build(method, trained=False), torch.randn(5, WIDTH_IN)
+
+    def check(n):
+        calls.clear()
+        with torch.no_grad():
+            ours = [module(x.to(module.base.weight.dtype)) for _ in range(3)]
+        assert len(calls) == n
+        plain = module(x.to(module.base.weight.dtype))  # with gradients it is computed
+        assert len(calls) == n + 1 and all(torch.equal(y, plain) for y in ours)
+        return plain
+
+    first = check(1)
+    check(0)
+    module.adapter.load_state_dict(other.adapter.state_dict())
+    assert not torch.equal(check(1), first)
+    optimizer = torch.optim.SGD(module.adapter.parameters(), lr=0.1)
+    check(0).sum().backward()
+    optimizer.step()
+    check(1)
+    module.double()
+    check(1)
+    if method is DoRA:
+        with torch.no_grad():
+            module.base.weight.mul_(2)
+        check(1)
+        module.base.float()
+        check(1)
+        module.base.double()
+    with torch.inference_mode():
+        module(x.double())
+    module(x.double()).sum().backward()
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA, OFT])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cast_of_the_model_leaves_the_adapter_in_float32(method, dtype):
+    module, x = build(method), torch.randn(5, WIDTH_IN)
+    expected = module(x)
+    module.to(dtype)
+    assert {p.dtype for p in module.adapter.parameters()} == {torch.float32}
+    assert relative(module(x.to(dtype)).float(), expected) < 0.02
+
+
 @pytest.mark.parametrize("method", [LoRA, DoRA, OFT])
 def test_bfloat16_model_keeps_float32_parameters(method):
     """A few roundings to bf16's 8 bits: below two percent of the output."""
@@ -185,7 +245,11 @@ def test_parameter_counts_of_peft_at_the_size_of_pixart():
     assert counts["oft"] == 18_514_944
 
 
-@pytest.mark.parametrize("method, options", [(LoRA, dict(r=0)), (DoRA, dict(r=-1)), (OFT, dict(blocks=5))])
+REFUSED = [(LoRA, dict(r=0)), (DoRA, dict(r=-1)), (OFT, dict(blocks=5)), (LoRA, dict(r=True)), (LoRA, dict(r=1.5))]
+REFUSED += [(OFT, dict(blocks=2.0)), (LoRA, dict(alpha=float("nan"))), (DoRA, dict(alpha=float("inf")))]
+
+
+@pytest.mark.parametrize("method, options", REFUSED)
 def test_refuses_what_makes_no_sense(method, options):
     (name, value), linear = *options.items(), nn.Linear(WIDTH_IN, WIDTH_OUT)
     with pytest.raises(UserError, match=f"{name}={value}"):

@@ -37,6 +37,11 @@ def test_dit_needs_no_reference_library(file):
     assert not set(imported(file)) & ({"lessons"} | TEST_TOOLS) - allowed
 
 
+@pytest.mark.parametrize("file", sorted(ROOT.glob("dit/*.py")), ids=lambda f: f.name)
+def test_only_the_tiny_model_knows_its_world(file):
+    assert "dit.tiny" not in file.read_text(encoding="utf-8").replace("python -m dit.tiny", "")
+
+
 def test_only_checkpoint_opens_weights_of_models():
     """The judge, of our own making, and training checkpoints are no released weights."""
     readers = {f.name for f in ROOT.glob("dit/**/*.py") if {"safe_open", "load_file"} & set(names(f))}

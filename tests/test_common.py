@@ -1,5 +1,6 @@
 """Files that are never half-written, folders for one run at a time, and JSON that is checked before it is used."""
 
+import errno
 import json
 import os
 import re
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from sparsecode import UserError, replacing
+from sparsecode import UserError, common, replacing
 from sparsecode.common import (
     COUNT,
     FLAG,
@@ -20,6 +22,7 @@ from sparsecode.common import (
     OBJECT,
     POSITIVE,
     TEXT,
+    checksum,
     is_number,
     is_whole,
     list_of,
@@ -27,6 +30,7 @@ from sparsecode.common import (
     object_of,
     read_json,
     remove_leftovers,
+    write_tensors,
 )
 
 # ---- replacing --------------------------------------------------------------------------------------------------
@@ -111,6 +115,40 @@ def test_the_lock_is_gone_with_a_killed_process(tmp_path):
         process.kill()
     with locked(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    def unknown(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(common.fcntl, "flock", unknown)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+
+
+def test_tensors_are_what_safetensors_reads_and_their_bytes_are_sorted(tmp_path):
+    tensors = {name: torch.randn(3, 2) for name in "bca"}
+    tensors |= {"on": torch.tensor([True, False, True]), "none": torch.ones(0)}
+    written = set()
+    for i in range(8):
+        write_tensors(tmp_path / f"{i}", tensors, {"z": "☂", "b": '{"a": 1}', "a": "", "c": "3", "d": "4"})
+        written.add((tmp_path / f"{i}").read_bytes())
+    assert len(written) == 1
+    loaded = load_file(tmp_path / "0")
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata()["z"] == "☂" and len(file.metadata()) == 5
+
+
+def test_checksums_tell_values_apart_and_not_dtypes_or_layout():
+    value = torch.randn(640, 256)
+    other, column = value.clone(), value.clone()
+    other += 1e-6
+    column[:, 3] += 1
+    assert len({checksum(x) for x in (value, other, column)}) == 3
+    assert checksum(value) == checksum(value.double()) == checksum(value.T.contiguous().T)
+    rounded = value.bfloat16()
+    assert checksum(value, dtype=torch.bfloat16) == checksum(rounded, dtype=torch.bfloat16) == checksum(rounded)
 
 
 def test_a_body_may_fail_in_any_way(tmp_path):

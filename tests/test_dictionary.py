@@ -149,9 +149,12 @@ def test_fewer_signals_than_atoms_and_signals_of_zero():
         (dict(max_iter=0), "max_iter=0"),
         (dict(lam=-1), "lam=-1"),
         (dict(lam=float("nan")), "lam=nan"),
-        (dict(lam=20.0), r"lam=20.0 leaves every code at zero; with these signals give one well below 10$"),
-        (dict(signals=torch.zeros(4, 2)), "leaves every code at zero"),
-        (dict(signals=torch.zeros(0, 2)), "leaves every code at zero"),
+        (dict(lam=20.0), "lam=20.0: give 0 or more, and well below 10, where all codes are 0$"),
+        (dict(lam=1e300), r"lam=1e\+300: .* below 10,"),
+        (dict(n_atoms=2.5), "n_atoms=2.5"),
+        (dict(signals=torch.zeros(4, 2)), "well below 0,"),
+        (dict(signals=torch.zeros(0, 2)), "well below 0,"),
+        (dict(signals=torch.zeros(4, 0)), "well below 0,"),
         (dict(signals=torch.ones(3)), "signals: .* give a 2-dimensional tensor"),
         (dict(signals=torch.full((4, 2), torch.nan)), "signals: there are NaN"),
     ],
@@ -161,3 +164,21 @@ def test_refuses_what_makes_no_sense(change, message):
     with pytest.raises(UserError, match=message) as caught:
         learn_dictionary(**arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("unit", [2.0**-83, 2.0**63, 2.0**100])
+def test_any_unit_gives_the_same_atoms(unit):
+    """1e-25 to 1e30 in float32, whose squares are 0 or infinite. Powers of two scale without rounding."""
+    signals, _ = planted(0, n=200)
+    expected, codes = learn_dictionary(signals, ATOMS, LAM, max_iter=3)
+    learned, scaled = learn_dictionary(unit * signals, ATOMS, unit * LAM, max_iter=3)
+    assert torch.equal(learned, expected) and torch.equal(scaled, unit * codes)
+
+
+def test_more_signals_than_torch_can_draw_from(monkeypatch):
+    with pytest.raises(RuntimeError, match="2\\^24"):
+        torch.multinomial(torch.ones(1).expand(dictionary.DRAWN + 1), 1)
+    monkeypatch.setattr(dictionary, "DRAWN", 150)
+    signals, truth = planted(0)
+    learned, _ = learn_dictionary(signals, ATOMS, LAM)
+    assert found(truth, learned) >= 0.95

@@ -1,24 +1,18 @@
-"""The command that edits: it trains as dit.finetune does and draws as dit.sample does; and what measures an edit."""
+"""The command that edits: it trains as dit.finetune does and draws as dit.sample does."""
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from dit import edit, finetune, sample
-from dit.cli import TINY
-from dit.edit import Subject
+from dit import train as training
 from dit.pipeline import Pipeline
-from dit.tiny.judge import load_judge
-from dit.tiny.scenes import PLACES
-from dit.tiny.subjects import PICTURES
+from dit.train import TrainConfig, teach
 from sparsecode import adapters, read_header
 from sparsecode.common import UserError
-
-SUBJECTS = TINY.parent.parent / "lessons" / "data" / "subjects"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,7 @@ def test_the_command(options, tmp_path, capsys, monkeypatch):
     call(options, "--out", out)
     printed = capsys.readouterr()
     assert printed.out.startswith(f"6 rows in {out}/edit.png: ") and printed.out.count("\n") == 1 and not printed.err
-    assert sorted(os.listdir(out)) == ["edit.png", "lora.safetensors", "sparse.safetensors"]
+    assert sorted(os.listdir(out)) == ["edit.png", "lora.safetensors", "pictures", "sparse.safetensors"]
     for method in ("lora", "sparse"):
         header = read_header(out / f"{method}.safetensors")
         assert (header["method"], header["prompt"], header["notes"]["steps"]) == (method, "a robot", 2)
@@ -62,7 +56,7 @@ def test_the_command(options, tmp_path, capsys, monkeypatch):
         assert first.width > 6 * 100 and first.height > 7 * 100  # two seeds of three prompts, seven rows
         before = first.tobytes()
 
-    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     call(options, "--out", out)
     with Image.open(out / "edit.png") as again:
         assert again.tobytes() == before
@@ -84,7 +78,8 @@ def test_an_out_that_holds_something_else(options, tmp_path):
 def test_teaches_what_finetune_teaches(pipe, tiny, photo, tmp_path, monkeypatch, method):
     monkeypatch.setattr(finetune, "plot_losses", lambda *_: None)
     monkeypatch.setattr(finetune, "draw_prompts", lambda *_: [[Image.new("RGB", (4, 4))]])
-    edit.teach(pipe, [photo], ["a robot"], tmp_path / "ours.safetensors", method=method, epochs=3)
+    config = TrainConfig.of(pipe, method=method, epochs=3)
+    teach(pipe, [photo], ["a robot"], tmp_path / "ours.safetensors", config)
     finetune.main(["--weights", str(tiny), "--device", "cpu", "--images", str(photo), "--method", method,
                    "--epochs", "3", "--out", str(tmp_path / "run")])  # fmt: skip
     ours, theirs = (load_file(tmp_path / file) for file in ("ours.safetensors", "run/adapter.safetensors"))
@@ -93,16 +88,18 @@ def test_teaches_what_finetune_teaches(pipe, tiny, photo, tmp_path, monkeypatch,
 
 
 def test_options_of_the_method_and_the_learning_rate_arrive(pipe, photo, tmp_path):
-    edit.teach(pipe, [photo], ["a robot"], tmp_path / "a.safetensors", method="lora", epochs=1, lr=0.5, r=1, alpha=1)
+    config = TrainConfig.of(pipe, method="lora", epochs=1, lr=0.5, r=1, alpha=1)
+    teach(pipe, [photo], ["a robot"], tmp_path / "a.safetensors", config)
     header = read_header(tmp_path / "a.safetensors")
     assert header["options"] == {"target": "attn1", "r": 1, "alpha": 1} and header["notes"]["lr"] == 0.5
 
 
 def test_the_papers_sixty_epochs_unless_the_model_says_otherwise(pipe, photo, monkeypatch):
-    assert edit.settings(pipe, [photo], "sparse")[0].epochs == 1  # its defaults.json
+    args = edit.parse(["--image", str(photo), "--edit", "x", "--keep-atoms", "0"])
+    assert edit.configs(pipe, args)["sparse"].epochs == 1  # its defaults.json
     monkeypatch.setattr(pipe, "defaults", {})
-    args, options = edit.settings(pipe, [photo], "sparse")
-    assert (args.epochs, args.lr, options) == (60, 1e-4, {"atoms": 256, "density": 0.02})
+    config = edit.configs(pipe, args)["sparse"]
+    assert (config.epochs, config.lr, config.options) == (60, 1e-4, {"atoms": 256, "density": 0.02})
 
 
 def test_a_killed_training_goes_on_to_the_same_adapter(pipe, photo, tmp_path, monkeypatch):
@@ -113,21 +110,22 @@ def test_a_killed_training_goes_on_to_the_same_adapter(pipe, photo, tmp_path, mo
         raise Killed
 
     undisturbed, file = tmp_path / "undisturbed.safetensors", tmp_path / "run.safetensors"
-    edit.teach(pipe, [photo], ["a robot"], undisturbed, epochs=3)
+    config = TrainConfig.of(pipe, epochs=3)
+    teach(pipe, [photo], ["a robot"], undisturbed, config)
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "measure_usage", die)
+        patch.setattr(training, "measure_usage", die)
         with pytest.raises(Killed):
-            edit.teach(Pipeline.from_folder(pipe.folder, device="cpu"), [photo], ["a robot"], file, epochs=3)
+            teach(Pipeline.from_folder(pipe.folder, device="cpu"), [photo], ["a robot"], file, config)
     assert file.with_suffix(".pt").exists() and not file.exists()
-    monkeypatch.setattr(finetune, "training_loss", die)  # all steps were done
-    edit.teach(pipe, [photo], ["a robot"], file, epochs=3)
+    monkeypatch.setattr(training, "training_loss", die)  # all steps were done
+    teach(pipe, [photo], ["a robot"], file, config)
     one, other = load_file(undisturbed), load_file(file)
     assert all(torch.equal(one[name], other[name]) for name in one) and not file.with_suffix(".pt").exists()
 
 
 def test_draws_what_sample_draws(pipe, tiny, photo, tmp_path):
     file, prompts = tmp_path / "a.safetensors", ["a robot", "a star"]
-    edit.teach(pipe, [photo], ["a robot"], file, epochs=5)
+    teach(pipe, [photo], ["a robot"], file, TrainConfig.of(pipe, epochs=5))
     noise = pipe.noise([0, 5])
     choice = {"density": [0.5, 1.0], "keep_atoms": [0, 4]}
     drawn = dict(edit.draw(pipe, prompts, noise, "x", file, **choice, steps=2))
@@ -171,62 +169,29 @@ MISTAKES = {
 def test_mistakes(options, tmp_path, monkeypatch, arguments, mistake):
     Image.new("RGB", (20, 20)).save(tmp_path / "bare.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("work was done"))
     words = [word.format(tmp=tmp_path) for word in arguments.split()]
     out = [] if "--out" in arguments else ["--out", tmp_path / "run"]
     assert MISTAKES[arguments] in mistake(edit, *options, *out, *words)
     assert os.listdir(tmp_path) == ["bare.png"]
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------
+def test_a_picture_named_like_an_option(options, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for suffix in (".png", ".txt"):
+        (tmp_path / f"-dog{suffix}").write_bytes(photo.with_suffix(suffix).read_bytes())
+    more = ["--density", "--keep-atoms"]
+    for i, image in enumerate((["--image=-dog.png"], ["--image", "./-dog.png"])):
+        call([*options, *more], *image, "--out", tmp_path / f"{i}")
+        assert (tmp_path / f"{i}" / "edit.png").exists()
 
 
-@pytest.fixture(scope="module")
-def subjects():
-    return {name: Subject(SUBJECTS, name, 2, 64) for name in PICTURES}
+def test_prompts_are_no_formulas(options, tmp_path):
+    call(options, "--out", tmp_path, "--prompt", r"a $\foo$ robot", "--edit", "$_$", "--density", "--keep-atoms")
+    assert (tmp_path / "edit.png").exists()
 
 
-def test_edits_are_all_other_backgrounds_and_places(subjects):
-    prompts = [prompt for prompt, *_ in subjects["robot"].edits()]
-    assert len(set(prompts)) == 7 + 4 and subjects["robot"].caption not in prompts
-    assert "a robot at the top left on a green background" in prompts
-    assert "a robot in the middle on a blue background" in prompts
-
-
-def test_kept_is_a_correlation_of_the_subjects_pixels(subjects):
-    robot = subjects["robot"]
-    noisy = robot.picture + torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    expected = np.corrcoef(robot.picture[:, robot.mask].flatten(), noisy[:, robot.mask].flatten())[0, 1]
-    assert robot.kept(noisy[None], robot.place, reach=0).item() == pytest.approx(expected, abs=1e-5)
-    assert robot.kept(2 * noisy[None] + 1, robot.place, reach=0).item() == pytest.approx(expected, abs=1e-5)
-    shifted = robot.picture[None].roll((2, -3), (2, 3))
-    assert robot.kept(shifted, robot.place).item() == pytest.approx(1, abs=1e-5)
-    assert robot.kept(shifted, robot.place, reach=2).item() < 0.9
-
-
-def test_kept_knows_the_subject_wherever_it_was_moved_and_no_other(subjects):
-    for name in ("robot", "snail"):
-        subject = subjects[name]
-        for scene in (("white", "centre"), ("green", "bottom right")):
-            assert subject.kept(subject.draw(*scene)[None], scene[1]) > 0.9
-        others = torch.stack([other.draw(subject.background, subject.place) for other in subjects.values()])
-        assert (subject.kept(others, subject.place) > 0.5).tolist() == [other == name for other in subjects]
-
-
-def test_the_mask_is_subject_alone(subjects):
-    for subject in subjects.values():
-        assert 600 < subject.mask.sum() < 1000  # of 4096
-        purple = subject.draw("purple", subject.place)  # (3, 64, 64)
-        assert (purple - subject.picture).abs()[:, subject.mask].amax() < 0.1
-        rows, columns = subject.mask.nonzero().float().mean(0).tolist()
-        x, y = PLACES[subject.place]
-        assert abs(rows - 64 * y) < 8 and abs(columns - 64 * x) < 8
-
-
-def test_the_judge_sees_where_a_subject_is_and_on_what(subjects):
-    judge, _ = load_judge(TINY / "judge")
-    for name in ("owl", "cat"):
-        subject = subjects[name]
-        scenes = [scene for _, *scene in subject.edits()[::3]]  # three backgrounds and a place
-        assert all(edit.follows(judge, subject.draw(*scene)[None], *scene).item() for scene in scenes)
-        assert not any(edit.follows(judge, subject.picture[None], *scene).item() for scene in scenes)
+def test_leftovers_of_a_killed_run_are_swept(options, tmp_path):
+    (tmp_path / ".99999999.lora.pt").write_bytes(b"half")
+    call(options, "--out", tmp_path, "--density", "--keep-atoms")
+    assert not list(tmp_path.glob(".*"))

@@ -1,30 +1,35 @@
 """The study of many subjects: what it reads, chooses, writes and leaves alone, in one process and in two."""
 
 import csv
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from test_metrics import write_clip
+from safetensors.torch import load_file, save_file
+from test_metrics import write_clip, write_image_reward
 from vendi_score import vendi
 
-from dit import evaluate, finetune, parallel
-from dit.evaluate import Job, Setting, Study, Subject, all_settings, read_prompts, read_subjects, sentence
-from dit.finetune import Diverged
-from dit.metrics import CLIP
+from dit import evaluate, parallel, report
+from dit import study as studies
+from dit import train as training
+from dit.dreambooth import Subject, read_prompts, read_subjects, sentence
+from dit.metrics import CLIP, ImageReward
 from dit.pictures import open_picture, square
 from dit.pipeline import Pipeline
+from dit.study import Job, Setting, Study, StudyConfig
+from dit.train import Diverged
 from sparsecode import adapters, load_adapter
-from sparsecode.common import UserError
+from sparsecode.common import UserError, locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,13 +160,13 @@ def test_a_picture_that_lacks_its_caption(folder, tmp_path):
 
 def test_settings_are_a_star():
     """Densities with the first number of atoms, numbers of atoms with the first density, and each once."""
-    args = Namespace(methods=["sparse", "lora", "oft"], densities=[0.02, 0.04], atoms=[256, 16, 1024])
-    assert all_settings(args) == [
+    config = StudyConfig(("sparse", "lora", "oft"), densities=(0.02, 0.04), atoms=(256, 16, 1024))
+    assert config.settings() == [
         Setting("base"), Setting("sparse", 256, 0.02), Setting("sparse", 256, 0.04), Setting("sparse", 16, 0.02),
         Setting("sparse", 1024, 0.02), Setting("lora"), Setting("oft"),
     ]  # fmt: skip
-    args = Namespace(methods=["lora", "sparse", "lora"], densities=[0.5, 0.5], atoms=[8, 8])
-    assert all_settings(args) == [Setting("base"), Setting("lora"), Setting("sparse", 8, 0.5)]
+    config = StudyConfig(("lora", "sparse", "lora"), densities=(0.5, 0.5), atoms=(8, 8))
+    assert config.settings() == [Setting("base"), Setting("lora"), Setting("sparse", 8, 0.5)]
 
 
 # ---- the choice of a learning rate ------------------------------------------------------------------------------
@@ -169,6 +174,12 @@ def test_settings_are_a_star():
 
 def plain_subject(name):
     return Subject(name, [], [], [], [])
+
+
+def write_record(study, job, **scores):
+    record = {"subject": job.subject.name, "method": job.setting.method, "parameters": 1, **scores}
+    study.file(job).parent.mkdir(exist_ok=True)
+    study.file(job).write_text(json.dumps(record | {"checksum": job.subject.checksum()}))
 
 
 @pytest.fixture
@@ -182,17 +193,12 @@ def tuned(tmp_path, monkeypatch, capsys):
             assert may_diverge
             done.append((job.setting, job.subject.name, job.lr, job.seed))
             alignment, fidelity = scores[job.setting.method, job.lr][job.subject.name]
-            record = {"alignment": alignment, "diversity": 50 * job.lr, "fidelity": fidelity}
-            file = self.folder / f"{job.name}.json"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(record))
+            write_record(self, job, alignment=alignment, diversity=50 * job.lr, fidelity=fidelity)
 
         monkeypatch.setattr(Study, "do", do)
-        args = Namespace(methods=["sparse", "lora"], densities=[0.02, 0.04], atoms=[256, 16], lrs=[0.1, 0.2, 0.3],
-                         tune_on=["b", "c"], seeds=[7, 8], out=tmp_path)  # fmt: skip
-        vars(args).update(more)
-        study = Study(None, None, None, [plain_subject(name) for name in "abcd"], args)
-        return evaluate.tune(study, args), done
+        config = StudyConfig(("sparse", "lora"), atoms=(256, 16), lrs=(0.1, 0.2, 0.3), tune_on=("b", "c"), seeds=(7, 8))
+        subjects = [plain_subject(name) for name in "abcd"]
+        return Study(None, subjects, replace(config, **more), tmp_path, clip=None).tune(), done
 
     return choose
 
@@ -223,11 +229,11 @@ def test_a_learning_rate_that_diverged_for_one_subject_is_not_chosen(tuned):
         ("lora", 0.2): GOOD,
         ("lora", 0.3): {"b": (None, None), "c": (0.9, 0.9)},
     }
-    assert tuned(scores, methods=["lora"])[0] == {"lora": 0.2}
+    assert tuned(scores, methods=("lora",))[0] == {"lora": 0.2}
 
 
 def test_one_learning_rate_needs_no_choice(tuned, capsys):
-    rates, done = tuned({}, lrs=[0.5], tune_on=[])
+    rates, done = tuned({}, lrs=(0.5,), tune_on=())
     assert rates == {"sparse": 0.5, "lora": 0.5} and done == [] and capsys.readouterr().out == ""
 
 
@@ -263,7 +269,7 @@ def test_scores_of_a_job(folder):
     subject = read_subjects(folder)[0]  # red and green
     subject.texts = ["red", "green", "blue"]
     clip, dino = Reader("red", "green", "blue"), Reader("red", "green")  # which takes blue for green
-    study = Study(Namespace(resolution=16), clip, None, [subject], Namespace(pictures=2, out=folder))
+    study = Study(Namespace(resolution=16), [subject], StudyConfig(pictures=2), folder, clip=clip)
     scores = study.score(subject, pictures)
     assert scores == {"alignment": pytest.approx(4 / 6), "diversity": diversity(4, 1, 1),
                       "fidelity": pytest.approx(5 / 12)}  # fmt: skip
@@ -281,7 +287,7 @@ def test_every_job_draws_from_the_same_noise():
         def generate(self, prompts, *, latents, steps, guidance):
             return list(zip(prompts, latents)), steps, guidance
 
-    study = Study(Pipe(), None, None, [], Namespace(pictures=2, steps=9, guidance=1.5, out=Path()))
+    study = Study(Pipe(), [], StudyConfig(pictures=2, steps=9, guidance=1.5), "", clip=None)
     assert study.draw(["a", "b"]) == ([("a", 0), ("a", 1), ("b", 2), ("b", 3)], 9, 1.5)
 
 
@@ -291,10 +297,9 @@ def test_processes_share_the_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "wait", lambda: None)
     monkeypatch.setattr(Study, "do", lambda self, job, may_diverge: done[rank].append(job))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    study = Study(None, None, None, [], Namespace(out=tmp_path))
+    study = Study(None, [], StudyConfig(), tmp_path, clip=None)
     jobs = [Job(Setting("lora"), plain_subject("a"), 0.5, seed) for seed in range(6)]
-    study.folder.mkdir()
-    (study.folder / f"{jobs[2].name}.json").write_text('{"alignment": 0.5}')
+    write_record(study, jobs[2], alignment=0.5, diversity=1.0, fidelity=0.5)
     for rank in done:
         monkeypatch.setenv("RANK", str(rank))
         study.run(jobs, "customization")
@@ -312,14 +317,14 @@ def test_compare_is_paired():
     rng.shuffle(records)
     gaps = (values[0] - values[1]).ravel()  # (6,)
     expected = gaps.mean(), gaps.std(ddof=1) / 6**0.5
-    assert evaluate.compare(records, "fidelity", one, other) == pytest.approx(expected)
-    assert evaluate.compare(records, "fidelity", other, one) == pytest.approx((-expected[0], expected[1]))
+    assert report.compare(records, "fidelity", one, other) == pytest.approx(expected)
+    assert report.compare(records, "fidelity", other, one) == pytest.approx((-expected[0], expected[1]))
 
 
 def test_pictures_shown_are_spread_over_all():
-    assert evaluate.spread(range(25)) == range(0, 25, 4)
+    assert studies.spread(range(25)) == range(0, 25, 4)
     for n in range(1, 40):
-        assert 1 <= len(evaluate.spread(range(n))) <= 7 and evaluate.spread(range(n))[0] == 0
+        assert 1 <= len(studies.spread(range(n))) <= 7 and studies.spread(range(n))[0] == 0
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -354,7 +359,7 @@ def finished(options, tmp_path_factory):
 @pytest.fixture
 def no_plots(monkeypatch):
     for name in ("plot_methods", "plot_sweep", "draw_table"):
-        monkeypatch.setattr(evaluate, name, lambda *_: None)
+        monkeypatch.setattr(report, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -387,6 +392,7 @@ def test_the_table_is_of_the_results(finished):
     results = read_csv(finished / "results.csv")
     assert len(results) == 2 + 4 * 2 * 2
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in open(finished / "table.md")]
+    assert lines.pop() == [report.LEFT_OUT] and lines.pop() == [""]
     assert [line[0] for line in lines] == ["", "---", *LABELS]
     assert lines[0][1:6] == ["lr", "parameters", "alignment", "diversity", "fidelity"]
     assert {len(line) for line in lines} == {9}
@@ -397,7 +403,7 @@ def test_the_table_is_of_the_results(finished):
         }
         assert {r["lr"] for r in own} == {row["lr"]} and line[1] == row["lr"]
         assert {r["parameters"] for r in own} == {row["parameters"]} and line[2].replace(",", "") == row["parameters"]
-        for score, cell in zip(evaluate.SCORES, line[3:]):
+        for score, cell in zip(studies.SCORES[:3], line[3:]):
             seeds = sorted({r["seed"] for r in own})
             means = [np.mean([float(r[score]) for r in own if r["seed"] == seed]) for seed in seeds]
             assert float(row[score]) == pytest.approx(np.mean(means), rel=1e-12)
@@ -413,7 +419,7 @@ def test_the_table_is_of_the_results(finished):
 def test_a_result_is_what_its_adapter_draws(finished, tiny, clip, folder, name):
     """Drawn and scored again, from the files alone."""
     record = json.loads((finished / "results" / f"{name}.json").read_text())
-    (row,) = [r for r in evaluate.read_results(finished / "results.csv") if all(r[k] == v for k, v in record.items())]
+    (row,) = [r for r in report.read_results(finished / "results.csv") if all(r[k] == v for k, v in record.items())]
     assert row == record
     pipe, reader = Pipeline.from_folder(tiny, device="cpu"), CLIP(clip)
     trained = 0
@@ -440,7 +446,7 @@ def test_adapters_differ_by_what_their_names_say(finished):
 
 
 def test_a_second_call_does_nothing_again(options, copied, capsys, monkeypatch, no_plots):
-    monkeypatch.setattr(evaluate, "teach", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(studies, "teach", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(Study, "draw", lambda *_: pytest.fail("drawn again"))
     before = {name: (copied / name).read_bytes() for name in ("table.md", "table.csv", "results.csv")}
     for name in before:
@@ -452,7 +458,7 @@ def test_a_second_call_does_nothing_again(options, copied, capsys, monkeypatch, 
 
 def test_a_killed_study_goes_on(options, finished, copied, monkeypatch, no_plots):
     """Of what is lost only that is done again, and a training whose adapter is there is not."""
-    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train", lambda *_: pytest.fail("trained again"))
     for name in ("owl-base", "blob-sparse-8-0.25-lr0.01-seed3"):
         (copied / "results" / f"{name}.json").unlink()
     drawn, real = [], Study.draw
@@ -465,20 +471,27 @@ def test_a_killed_study_goes_on(options, finished, copied, monkeypatch, no_plots
 
 def test_more_settings_are_added(options, copied, monkeypatch, no_plots):
     """Fewer seeds and another method: what is there serves, and only what is new is trained."""
-    trained, real = [], evaluate.teach
-    monkeypatch.setattr(evaluate, "teach", lambda *a, **k: trained.append((k["method"], k["seed"])) or real(*a, **k))
+    trained, real = [], studies.teach
+    monkeypatch.setattr(studies, "teach", lambda *a: trained.append((a[-1].method, a[-1].seed)) or real(*a))
     call(options, "--methods", "lora", "dora", "--seeds", 3, "--out", copied)
     assert trained == [("dora", 3)] * 2
     assert [row["method"] for row in read_csv(copied / "table.csv")] == ["base", "lora", "dora"]
 
 
+def change_a_number(file):
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("more, words", [
-    (["--guidance", 3], "--guidance None, not 3.0"), (["--clip", "{tmp}/clip"], "--clip"), (["no quick"], "--epochs 1"),
-    (["--subjects", "{tmp}/subjects"], "--subjects"),
+    (["--guidance", 3], "--guidance None, not 3.0"), (["no quick"], "--epochs 1"),
+    (["--clip", "{tmp}/clip"], "--clip of checksum"), (["--weights", "{tmp}/weights"], "--weights of checksum"),
 ])  # fmt: skip
-def test_results_of_other_settings_are_refused(options, finished, folder, clip, tmp_path, more, words):
-    shutil.copytree(clip, tmp_path / "clip")
-    shutil.copytree(folder, tmp_path / "subjects")
+def test_results_of_other_settings_are_refused(options, finished, tiny, clip, tmp_path, more, words):
+    for whole, file in ((clip, "clip/model"), (tiny, "weights/transformer/diffusion_pytorch_model")):
+        shutil.copytree(whole, tmp_path / file.partition("/")[0])
+        change_a_number(tmp_path / f"{file}.safetensors")
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
     more = [str(word).format(tmp=tmp_path) for word in more]
     changed = options[:-1] if more == ["no quick"] else [*options, *more]
@@ -487,12 +500,141 @@ def test_results_of_other_settings_are_refused(options, finished, folder, clip, 
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
 
 
+@pytest.fixture
+def own_subjects(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "subjects")
+
+
+def test_weights_and_subjects_may_move(options, copied, tiny, own_subjects, tmp_path, monkeypatch, no_plots):
+    """What counts is what they hold."""
+    monkeypatch.setattr(studies, "teach", lambda *_, **__: pytest.fail("trained again"))
+    shutil.copytree(tiny, tmp_path / "weights")
+    call(options, *ALL, "--out", copied, "--weights", tmp_path / "weights", "--subjects", own_subjects)
+
+
+@pytest.mark.parametrize("change", ["picture", "caption", "prompt"])
+def test_results_of_other_subjects_are_not_passed_off(options, copied, own_subjects, change, monkeypatch):
+    monkeypatch.setattr(studies, "teach", lambda *_, **__: pytest.fail("trained again"))
+    before = {file: file.read_bytes() for file in copied.rglob("*.*")}
+    if change == "picture":
+        Image.new("RGB", (20, 20), "pink").save(own_subjects / "owl" / "0.png")
+    elif change == "caption":
+        (own_subjects / "owl" / "0.txt").write_text("an owl, the first")
+    else:
+        file = own_subjects / "prompts_and_classes.txt"
+        file.write_text(file.read_text().replace("owl,owl", "owl,bird"))
+    with pytest.raises(UserError, match="owl.*of other pictures, captions or prompts of owl; use another --out"):
+        call(options, *ALL, "--out", copied, "--subjects", own_subjects)
+    after = {file: file.read_bytes() for file in copied.rglob("*.*")}
+    assert before == after
+
+
+def test_a_second_study_in_the_same_folder_is_refused(options, copied, mistake, no_plots):
+    """While the first one runs; then the folder is free again."""
+    before = {file: file.stat().st_mtime_ns for file in copied.rglob("*")}
+    with locked(copied):
+        assert f"another run is writing to {copied}" in mistake(evaluate, *options, *ALL, "--out", copied)
+    assert {file: file.stat().st_mtime_ns for file in copied.rglob("*")} == before
+    call(options, *ALL, "--out", copied)
+
+
+def test_what_a_kill_leaves_is_swept(options, finished, copied, monkeypatch, no_plots):
+    """Half-written files in each folder, and the checkpoint of a training that had ended."""
+    monkeypatch.setattr(studies, "teach", lambda *_, **__: pytest.fail("trained again"))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (".{}.settings.json", "results/.{}.owl-base.json", "adapters/.{}.owl-lora.safetensors"):
+        (copied / name.format(dead.pid)).write_text("{")
+    (copied / "adapters" / "owl-lora-lr0.01-seed0.pt").write_text("no longer needed")
+    (copied / "adapters" / "owl-dora-lr0.01-seed0.pt").write_text("of a training that goes on later")
+    call(options, *ALL, "--out", copied)
+    left = {str(file.relative_to(copied)) for file in copied.rglob("*")}
+    kept = {str(file.relative_to(finished)) for file in finished.rglob("*")}
+    assert left == kept | {"adapters/owl-dora-lr0.01-seed0.pt"}
+
+
+def test_a_study_killed_while_it_wrote_its_settings(options, tmp_path, monkeypatch):
+    """Its folder holds half a file, and is used again."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".99999999.settings.json").write_text('{"weights": ')
+    monkeypatch.setattr(Study, "tune", lambda study: {})
+    monkeypatch.setattr(Study, "jobs", lambda *_: [])
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: "")
+    call(options, "--out", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["settings.json"]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("settings.json", "[]"), ("settings.json", "{"), ("settings.json", '"\\ud800"'),
+    ("results/owl-base.json", "[1]"), ("results/owl-base.json", "{}"), ("results/owl-base.json", ""),
+    ("results/owl-base.json", '{"subject": "owl", "method": "base", "parameters": "many", "checksum": 1}'),
+])  # fmt: skip
+def test_damaged_json(options, copied, name, text, mistake):
+    (copied / name).write_text(text)
+    assert str(copied / name) in mistake(evaluate, *options, *ALL, "--out", copied)
+
+
+def test_prompts_that_matplotlib_would_set_as_formulas(options, own_subjects, tmp_path):
+    file = own_subjects / "prompts_and_classes.txt"
+    file.write_text(file.read_text().replace("a {0} {1} on the left", r"a {0} {1} $\foo$ on the left"))
+    call(options, "--methods", "lora", "--out", tmp_path / "out", "--subjects", own_subjects)
+    assert (tmp_path / "out" / "pictures.png").exists()
+
+
+def test_a_terminal_that_cannot_show_greek(options, copied, monkeypatch, no_plots):
+    """The table has ρ in it."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="cp1252", write_through=True))
+    evaluate.run(lambda: call(options, *ALL, "--out", copied))
+    assert b"| sparse, M 8, ? 0.25 |" in shown.getvalue()
+    assert "| sparse, M 8, ρ 0.25 |" in (copied / "table.md").read_text(encoding="utf-8")
+
+
+def test_t5_is_alone_in_memory(options, copied, monkeypatch, no_plots):
+    """It is by far the largest part. What it has encoded is remembered."""
+    alive, encode = [], Pipeline.encode_prompt
+
+    def watched(pipe, prompts):
+        embeddings = encode(pipe, prompts)
+        alive.append({"transformer", "vae", "text_encoder"} & vars(pipe).keys())
+        return embeddings
+
+    monkeypatch.setattr(Pipeline, "encode_prompt", watched)
+    (copied / "results" / "owl-lora-lr0.01-seed0.json").unlink()
+    call(options, *ALL, "--out", copied)
+    assert alive.pop(0) == {"text_encoder"} and alive
+    assert all("text_encoder" not in parts for parts in alive)
+
+
+def test_image_reward_is_a_column(options, copied, finished, folder, tmp_path, monkeypatch, no_plots, capsys):
+    """Added to results that lack it without training again, and left out again; the table says which."""
+    monkeypatch.setattr(studies, "teach", lambda *_, **__: None)
+    rewards = write_image_reward(tmp_path / "rewards")
+    call(options, *ALL, "--out", copied, "--image-reward", rewards)
+    table = capsys.readouterr().out
+    assert "ImageReward is left out" not in table and table == (copied / "table.md").read_text()
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+    column = lines[0].index("image_reward")
+    assert [line[-1] for line in lines if line[0] in ("", "lora", "base")] == ["paper: image_reward", "", "0.220"]
+
+    model, means = ImageReward(rewards), []
+    for subject in read_subjects(folder)[:2]:
+        pictures = open_picture(copied / "results" / f"{subject.name}-base.png")  # both prompts', side by side
+        pictures = [pictures.crop((x, 0, x + 16, 16)) for x in (0, 16)]
+        means += model.scores(subject.texts[:2], pictures).tolist()
+    (base,) = [line for line in lines if line[0] == "base"]
+    assert float(base[column]) == pytest.approx(np.mean(means), abs=6e-4)
+
+    call(options, *ALL, "--out", copied)
+    assert capsys.readouterr().out == (finished / "table.md").read_text()
+
+
 def test_the_quick_study_is_small_and_keeps_the_held_out_subjects(options, monkeypatch, tmp_path):
     """Two subjects for the table, whichever is held out."""
     seen = []
-    monkeypatch.setattr(evaluate, "tune", lambda study, args: seen.extend(study.subjects) or {"lora": 0.1})
-    monkeypatch.setattr(Study, "run", lambda self, jobs, title: seen.append([job.subject.name for job in jobs]))
-    monkeypatch.setattr(evaluate, "write_tables", lambda *_: None)
+    monkeypatch.setattr(Study, "tune", lambda study: seen.extend(study.subjects) or {"lora": 0.1})
+    monkeypatch.setattr(Study, "run", lambda self, jobs: seen.append([job.subject.name for job in jobs]))
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: "")
     tune = ["--methods", "lora", "--lrs", 0.1, 0.2]
     for held_out, counted in (("blob", ["owl", "puss"]), ("rex_2", ["blob", "owl"])):
         seen.clear()
@@ -507,7 +649,7 @@ def test_a_real_divergence(options, finished, tmp_path, capsys, no_plots, mistak
     call(options, *methods, "--lrs", 1e30, 0.01, "--tune-on", "puss", "--out", tmp_path / "out")
     assert capsys.readouterr().out.startswith("lora: learning rate 0.01 (alignment + fidelity on puss: 1e+30: -inf, ")
     record = json.loads((tmp_path / "out" / "results" / "puss-lora-lr1e+30-seed0.json").read_text())
-    assert [record[score] for score in evaluate.SCORES] == [None] * 3
+    assert [record[score] for score in studies.SCORES[:3]] == [None] * 3
     ours = read_csv(tmp_path / "out" / "results.csv")
     theirs = [row for row in read_csv(finished / "results.csv") if row in ours]
     assert ours == theirs and len(ours) == 4 and "puss" not in {row["subject"] for row in ours}
@@ -520,21 +662,20 @@ def test_a_real_divergence(options, finished, tmp_path, capsys, no_plots, mistak
 
 def test_a_learning_rate_that_diverged_is_not_tried_again(tmp_path, monkeypatch):
     """While tuning, that is; chosen by the user it ends the study."""
-    model = torch.nn.Identity()
-    job = Job(Setting("lora"), plain_subject("a"), 0.5, 0)
-    args = Namespace(out=tmp_path, epochs=1, gradient_checkpointing=False)
-    study = Study(Namespace(transformer=model), None, None, [job.subject], args)
+    model, job = torch.nn.Identity(), Job(Setting("lora"), plain_subject("a"), 0.5, 0)
+    pipe = Namespace(transformer=model, defaults={}, resolution=16, multiple=4)
+    study = Study(pipe, [job.subject], StudyConfig(), tmp_path, clip=None)
 
     def diverge(*_, **__):
         raise Diverged("the loss became nan")
 
-    monkeypatch.setattr(evaluate, "teach", diverge)
+    monkeypatch.setattr(studies, "teach", diverge)
     with pytest.raises(Diverged):
         study.run([job], "customization")
     study.run([job], "tuning", may_diverge=True)
     with pytest.raises(Diverged):  # what tuning left behind does not stand for a result
         study.run([job], "customization")
-    monkeypatch.setattr(evaluate, "teach", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(studies, "teach", lambda *_, **__: pytest.fail("trained again"))
     study.run([job], "tuning", may_diverge=True)
     assert study.worth(job) == -np.inf and not adapters(model)
 
@@ -546,8 +687,8 @@ def test_two_processes_give_the_same(options, finished, tmp_path):
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout == (tmp_path / "out" / "table.md").read_text()
-    ours = evaluate.read_results(tmp_path / "out" / "results.csv")
-    theirs = evaluate.read_results(finished / "results.csv")
+    ours = report.read_results(tmp_path / "out" / "results.csv")
+    theirs = report.read_results(finished / "results.csv")
     theirs = [r for r in theirs if r["method"] == "base" or (r["method"], r["seed"]) == ("lora", 0)]
     assert len(ours) == len(theirs) == 4
     for one, other in zip(ours, theirs):
@@ -584,6 +725,8 @@ MISTAKES = {
     "--clip {tmp}/absent": "is not a folder",
     "--clip {tmp}/no_list": "cannot be read as a CLIPModel",
     "--dino {tmp}/absent": "is not a folder",
+    "--image-reward {tmp}/absent": "is not a folder",
+    "--image-reward {tmp}/no_list": "med_config.json cannot be read",
     "--weights {tmp}/absent": "is not a folder",
     "--weights {tmp}": "has no folder transformer/",
     "--device cuda:99": "cannot be used",
@@ -615,7 +758,7 @@ def bad(folder, tmp_path):
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_mistakes(options, bad, monkeypatch, arguments, mistake):
     monkeypatch.chdir(bad)
-    monkeypatch.setattr(evaluate, "teach", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr(studies, "teach", lambda *_, **__: pytest.fail("work was done"))
     monkeypatch.setattr(Study, "draw", lambda *_: pytest.fail("work was done"))
     before = sorted(bad.rglob("*"))
     whole = [word for word in options if word != "--quick"]

@@ -17,10 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dit import finetune
+from dit import train as training
 from dit.cli import load_pipeline
+from dit.pipeline import Pipeline
 from sparsecode import read_header
 from sparsecode.common import UserError
 
@@ -58,7 +60,7 @@ def train(options, out, *more):
 def quick(monkeypatch):
     """No pictures and plots, for tests of the training alone."""
     monkeypatch.setattr(finetune, "plot_losses", lambda *_: None)
-    monkeypatch.setattr(finetune, "draw_prompts", lambda pipe, prompts, _: [[Image.new("RGB", (4, 4))]] * len(prompts))
+    monkeypatch.setattr(finetune, "draw_prompts", lambda pipe, prompts, *_: [[Image.new("RGB", (4, 4))]] * len(prompts))
 
 
 def read_losses(out):
@@ -80,7 +82,8 @@ def test_the_command(options, tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     out = tmp_path / "run"
     assert result.stdout.startswith("trained 512 parameters beside ") and f"{out}/before_after.png" in result.stdout
-    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "loss.png", "training.csv"]
+    files = ["adapter.safetensors", "before_after.png", "loss.png", "pictures", "training.csv"]
+    assert sorted(os.listdir(out)) == files
     header = read_header(out / "adapter.safetensors")
     assert header["prompt"] == "a red robot" and header["method"] == "sparse"
     assert header["options"] == {"target": "attn1", "atoms": 8, "threshold": "top_k", "density": 0.25,
@@ -95,10 +98,13 @@ def test_the_command(options, tmp_path):
     with Image.open(out / "loss.png") as plot, Image.open(out / "before_after.png") as pictures:
         assert plot.width > 300
         assert pictures.height > 7 * 128  # training pictures, and two rows for each of three captions
+    assert len(os.listdir(out / "pictures")) == 6 * 5
+    with Image.open(out / "pictures" / "6-5.png") as picture:
+        assert picture.size == (16, 16)
 
 
 def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monkeypatch, quick):
-    parts, real = [], finetune.train
+    parts, real = [], training.train
 
     def load(args):
         pipe = load_pipeline(args)
@@ -110,7 +116,7 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
         return real(*args)
 
     monkeypatch.setattr(finetune, "load_pipeline", load)
-    monkeypatch.setattr(finetune, "train", train_alone)
+    monkeypatch.setattr(training, "train", train_alone)
     train(options, tmp_path / "run")
     assert parts
 
@@ -125,7 +131,7 @@ def test_training_follows_the_schedule_of_the_weights(tiny, pictures, options, t
     assert (read_losses(tmp_path / "run") != read_losses(tmp_path / "other")).all()
 
 
-@pytest.mark.parametrize("optimizer", finetune.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
 def test_training_lowers_the_loss(options, tmp_path, quick, optimizer):
     options = [*options, "--optimizer", optimizer, "--lr", "0.01", "--epochs", "20"]
     train(options, tmp_path / "still", "--lr", 1e-12)
@@ -148,7 +154,9 @@ def test_other_ways_to_train(options, tmp_path, quick, more):
     assert not same
 
 
-def test_the_learning_rate_is_held_and_then_falls(options, tmp_path, quick, monkeypatch):
+@pytest.mark.parametrize("schedule", [None, "constant", "inverse"])
+def test_the_learning_rate(options, tmp_path, quick, monkeypatch, schedule):
+    """Constant, as the paper's, where nothing is said; or held, and then as 1/step. The header says which."""
     rates = []
 
     class Recorder(torch.optim.AdamW):
@@ -156,10 +164,14 @@ def test_the_learning_rate_is_held_and_then_falls(options, tmp_path, quick, monk
             rates.append(self.param_groups[0]["lr"])
             super().step()
 
-    monkeypatch.setitem(finetune.OPTIMIZERS, "adamw", Recorder)
-    monkeypatch.setattr(finetune, "HOLD", 26)
-    train(options, tmp_path / "run", "--lr", 0.03, "--epochs", 5, "--repeats", 2)  # 30 steps
-    assert rates == pytest.approx([0.03] * 26 + [0.03 * 26 / step for step in (27, 28, 29, 30)])
+    monkeypatch.setitem(training.OPTIMIZERS, "adamw", Recorder)
+    monkeypatch.setattr(training, "HOLD", 26)
+    more = ["--lr-schedule", schedule] if schedule else []
+    train(options, tmp_path / "run", "--lr", 0.03, "--epochs", 5, "--repeats", 2, *more)  # 30 steps
+    falling = [0.03 * 26 / step for step in (27, 28, 29, 30)] if schedule == "inverse" else [0.03] * 4
+    assert rates == pytest.approx([0.03] * 26 + falling)
+    notes = read_header(tmp_path / "run" / "adapter.safetensors")["notes"]
+    assert notes["lr_schedule"] == (schedule or "constant")
 
 
 def test_the_orthogonality_penalty(options, tmp_path, quick):
@@ -186,7 +198,7 @@ def test_lr_of_each_optimizer(options, tmp_path, quick):
 
 
 def test_an_epoch_visits_each_picture_as_often_as_the_others():
-    order = finetune.visiting_order(3, epochs=4, repeats=5, seed=0)
+    order = training.visiting_order(3, epochs=4, repeats=5, seed=0)
     for epoch in order.reshape(4, 15):
         assert np.bincount(epoch).tolist() == [5, 5, 5]
     assert len({tuple(epoch) for epoch in order.reshape(4, 15)}) == 4
@@ -237,18 +249,18 @@ def die(*_, **__):
 def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch, quick, moment, optimizer):
     options = [*options, "--optimizer", optimizer, "--checkpoint-every", "2"]  # of 6 steps
     undisturbed = train(options, tmp_path / "undisturbed")
-    out, real = tmp_path / "run", finetune.training_loss
+    out, real = tmp_path / "run", training.training_loss
     steps = {"no checkpoint": 1, "a checkpoint": 3, "between checkpoints": 4}
 
-    def dying_loss(model, data, order, visits, *rest):
-        return die() if visits[0] == steps[moment] else real(model, data, order, visits, *rest)
+    def dying_loss(pipe, data, order, visits, seed):
+        return die() if visits[0] == steps[moment] else real(pipe, data, order, visits, seed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, *(("training_loss", dying_loss) if moment in steps else (moment, die)))
+        patch.setattr(*((training, "training_loss", dying_loss) if moment in steps else (finetune, moment, die)))
         with pytest.raises(Killed):
             train(options, out)
-    if out.exists():
-        (out / ".123.checkpoint.pt").write_bytes(b"half")  # as a kill while writing leaves it
+    if (out / "checkpoint.pt").exists():
+        (out / ".99999999.checkpoint.pt").write_bytes(b"half")  # as a kill while writing leaves it
         with pytest.raises(UserError, match="add --resume"):
             train(options, out)
     resumed = train(options, out, "--resume")
@@ -256,7 +268,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(options, tmp_path, monkeypatch
     assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
     assert read_header(out / "adapter.safetensors") == read_header(tmp_path / "undisturbed" / "adapter.safetensors")
     assert (out / "training.csv").read_text() == (tmp_path / "undisturbed" / "training.csv").read_text()
-    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "training.csv"]
+    assert sorted(os.listdir(out)) == ["adapter.safetensors", "before_after.png", "pictures", "training.csv"]
     with pytest.raises(UserError, match="finished run"):
         train(options, out, "--resume")
 
@@ -277,7 +289,7 @@ def test_sigkill(options, tmp_path, quick):
 @pytest.fixture
 def stopped(options, tmp_path, monkeypatch, quick):
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_adapter", die)
+        patch.setattr(training, "save_adapter", die)
         with pytest.raises(Killed):
             train(options, tmp_path / "stopped")
     return tmp_path / "stopped"
@@ -296,10 +308,124 @@ def test_what_may_change_when_a_run_goes_on(options, stopped):
     train(options, stopped, "--resume", "--atoms", 8, "--checkpoint-every", 1, "--validation-prompt", "a star")
 
 
-def test_a_damaged_checkpoint(options, stopped):
-    (stopped / "checkpoint.pt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+def losses_cut(state):
+    state["losses"].pop()
+
+
+def losses_not_numbers(state):
+    state["losses"][0] = float("nan")
+
+
+def an_adapter_lost(state):
+    state["adapters"].popitem()
+
+
+@pytest.mark.parametrize("damage", [None, losses_cut, losses_not_numbers, an_adapter_lost])
+def test_a_damaged_checkpoint(options, stopped, damage):
+    file = stopped / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    if damage:
+        damage(state)
+        torch.save(state, file)
+    else:
+        file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read as a checkpoint|does not fit the adapters"):
         train(options, stopped, "--resume")
+    assert os.listdir(stopped) == ["checkpoint.pt"]
+
+
+def test_moved_weights_are_known_and_changed_ones_too(tiny, pictures, options, stopped, tmp_path):
+    """A run knows its weights by their content, not by their path."""
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    changed = shutil.copytree(tiny, tmp_path / "changed")
+    file = changed / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["proj_out.bias"][0] += 0.01
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="belongs to a run with --weights "):
+        train([*options, "--weights", changed], stopped, "--resume")
+    train([*options, "--weights", moved], stopped, "--resume")
+
+
+# ---- two runs, a full disk, the GPU ------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder(options, tmp_path, quick, monkeypatch, mistake):
+    out, real = tmp_path / "run", training.fit
+
+    def meanwhile(*args):
+        result = subprocess.run(**command(*options, "--out", out, "--resume"), capture_output=True, text=True)
+        assert result.returncode == 2 and f"another run is writing to {out}" in result.stderr, result.stderr
+        return real(*args)
+
+    monkeypatch.setattr(finetune, "fit", meanwhile)
+    train(options, out)
+
+
+def test_the_default_out_says_the_method():
+    assert finetune.parse(["--images", "x/robot"]).out == Path("runs/robot")
+    assert finetune.parse(["--images", "x/robot", "--method", "oft"]).out == Path("runs/robot-oft")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail at inline_container.cc]"), OSError(28, "No space left")])
+def test_a_checkpoint_that_does_not_fit_on_the_disk(options, tmp_path, quick, monkeypatch, mistake, error):
+    """The line names the file, and the earlier checkpoint stays as it was."""
+    out, real, saved = tmp_path / "run", torch.save, []
+
+    def save(state, file):
+        if saved:
+            file.write(b"half")
+            raise error
+        saved.append(state["step"])
+        real(state, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        line = mistake(finetune, *options, "--out", out, "--checkpoint-every", 2)
+    assert f"{out}/checkpoint.pt cannot be written" in line
+    assert os.listdir(out) == ["checkpoint.pt"]
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == saved[0] == 2
+
+
+def test_a_full_gpu_is_one_line(options, tmp_path, quick, monkeypatch, mistake):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 24 GiB")
+
+    monkeypatch.setattr(training, "training_loss", full)
+    line = mistake(finetune, *options, "--out", tmp_path / "run")
+    assert "Tried to allocate 2.00 GiB" in line and "--gradient-checkpointing" in line and "--batch-size" in line
+
+
+def test_no_samples(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("drawn"))
+    train(options, tmp_path / "run", "--samples", 0)
+    assert sorted(os.listdir(tmp_path / "run")) == ["adapter.safetensors", "loss.png", "training.csv"]
+    assert capsys.readouterr().out.endswith("loss.png\n")
+
+
+def test_an_error_of_one_process_is_told_once(options, tmp_path):
+    """Rank 1 alone meets it: torchrun's own words aside, one line says what it was."""
+    script = tmp_path / "run.py"
+    script.write_text("""
+from dit import finetune, parallel, train
+from dit.cli import run
+from sparsecode.common import UserError
+real = train.training_loss
+def broken(*args):
+    if parallel.rank() == 1:
+        raise UserError("the second process is unwell")
+    return real(*args)
+train.training_loss = broken
+run(finetune.main)
+""")
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    line = command(*options, "--out", tmp_path / "out")
+    line["args"] = [*map(str, runner), *line["args"][3:]]
+    line["env"]["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(**line, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.count("error: the second process is unwell") == 1
+    assert result.stderr.count("Traceback") == 1  # torchrun's own
 
 
 # ---- mistakes ---------------------------------------------------------------------------------------------------
@@ -319,6 +445,7 @@ MISTAKES = {
     "--device cuda:99": "cannot be used",
     "--device meta": "cannot be used",
     "--device sofa": "cannot be used",
+    "--text-device sofa": "--text-device sofa cannot be used",
     "--dtype int8": "invalid choice",
     "--method magic": "invalid choice",
     "--optimizer sgd": "invalid choice",
@@ -331,9 +458,9 @@ MISTAKES = {
     "--target (": "is no regular expression",
     "--threshold soft": "give a lam",
     "--lam 0.1": "lam=0.1 has no meaning for top_k",
-    "--threshold soft --lam 0.1 --density 0.1": "does not use --density",
-    "--method lora --atoms 8": "does not use --atoms",
-    "--method oft --threshold top_k": "does not use --threshold",
+    "--threshold soft --lam 0.1 --density 0.1": "does not use a density but lam",
+    "--method lora --atoms 8": "lora has no option atoms; it has r, alpha",
+    "--method oft --threshold top_k": "oft has no option threshold",
     "--resolution 18": "not a multiple of 4",
     "--resolution 0": "above 0",
     "--epochs 0": "above 0",
@@ -343,9 +470,11 @@ MISTAKES = {
     "--seed -1": "0 or more",
     "--orthogonality -1": "0 or more",
     "--orthogonality inf": "0 or more",
-    "--method lora --orthogonality 1": "--method lora does not use --orthogonality",
+    "--method lora --orthogonality 1": "lora has no atoms",
     "--lr 1e30": "the loss became",
     "--unknown": "unrecognized",
+    "--samples -1": "a number from 0 to 100",
+    "--out {tmp}/" + "x" * 250: "longer than 200 bytes",
 }
 
 
@@ -366,9 +495,9 @@ def test_mistakes(options, bad_pictures, tmp_path, monkeypatch, arguments, mista
     monkeypatch.chdir(tmp_path)
     folder = tmp_path if arguments in ("--images {tmp}", "--weights {tmp}") else bad_pictures
     more = [word.format(tmp=folder) for word in arguments.split()]
-    before = sorted(tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*.*"))
     assert MISTAKES[arguments] in mistake(finetune, *options, "--out", tmp_path / "run", *more)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*.*")) == before
 
 
 def test_a_mistake_in_the_real_command(options, tmp_path):
@@ -402,14 +531,14 @@ def test_a_full_disk(options, tmp_path, quick, mistake):
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(options, tmp_path, monkeypatch, quick):
-    out, real = tmp_path / "run", finetune.training_loss
+    out, real = tmp_path / "run", training.training_loss
 
-    def broken(model, data, order, visits, *rest):
-        return real(model, data, order, visits, *rest) * (float("nan") if visits[0] == 5 else 1)
+    def broken(pipe, data, order, visits, seed):
+        return real(pipe, data, order, visits, seed) * (float("nan") if visits[0] == 5 else 1)
 
     options = [*options, "--checkpoint-every", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "training_loss", broken)
+        patch.setattr(training, "training_loss", broken)
         with pytest.raises(UserError, match="the loss became nan at step 5; .*checkpoint.pt keeps an earlier step"):
             train(options, out)
     assert os.listdir(out) == ["checkpoint.pt"]

@@ -1,5 +1,6 @@
-"""What scores pictures: the Vendi score against its authors' package, CLIP and DINOv2 against transformers' own."""
+"""Vendi score and ImageReward against their authors' packages, CLIP and DINOv2 against transformers' own."""
 
+import json
 import shutil
 import string
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from reference import image_reward
 from safetensors.torch import load_file, save_file
 from vendi_score import vendi
 
 from dit import metrics
 from dit.cli import TINY
-from dit.metrics import CLIP, DINOv2, alignment, fidelity, vendi_score
+from dit.metrics import CLIP, DINOv2, ImageReward, alignment, fidelity, vendi_score
 from dit.tiny.scenes import WORLDS, caption, draw, sample_scene
 from sparsecode.common import UserError
 
@@ -48,6 +50,22 @@ def write_dino(folder):
     Dinov2Model(Dinov2Config(**shape)).save_pretrained(folder)
     BitImageProcessor(size={"shortest_edge": 32}, crop_size=28).save_pretrained(folder)
     return folder
+
+
+def write_image_reward(folder, leave_out=(), **more):
+    """ImageReward with random weights, as its package names them, in the files that are released."""
+    shapes = json.loads(image_reward.REFERENCE.read_text())["shapes"]
+    weights = image_reward.make_weights({name: shapes[name] for name in shapes if name not in leave_out}) | more
+    folder.mkdir()
+    torch.save(weights, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps(image_reward.MED_CONFIG))
+    (folder / "vocab.txt").write_text("\n".join(image_reward.VOCABULARY))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory):
+    return write_image_reward(tmp_path_factory.mktemp("rewards") / "image_reward")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +167,15 @@ def test_dinov2_is_transformers_dinov2(dino, pictures, monkeypatch, batch):
     assert_unit_vectors_equal(DINOv2(dino).images(pictures), torch.cat(theirs))
 
 
+@pytest.mark.parametrize("batch", [2, 50])
+def test_image_reward_is_its_packages(rewards, monkeypatch, batch):
+    """Texts cut and padded, pictures of every shape, in batches and one by one."""
+    monkeypatch.setattr(metrics, "BATCH", batch)
+    scores = ImageReward(rewards).scores(image_reward.TEXTS, image_reward.make_pictures())
+    theirs = json.loads(image_reward.REFERENCE.read_text())["scores"]
+    assert scores.tolist() == pytest.approx(theirs, abs=1e-5) and len(set(theirs)) == 5
+
+
 def test_vectors_tell_texts_and_pictures_apart(clip, dino, pictures):
     """Or the tests above would pass with a model that ignores what it is given."""
     vectors = [CLIP(clip).texts(TEXTS), CLIP(clip).images(pictures), DINOv2(dino).images(pictures)]
@@ -167,13 +194,13 @@ def mistake(reader, folder, capfd):
     return str(error.value)
 
 
-@pytest.mark.parametrize("reader", [CLIP, DINOv2])
+@pytest.mark.parametrize("reader", [CLIP, DINOv2, ImageReward])
 def test_folders_that_are_none(reader, tmp_path, capfd):
     (tmp_path / "file").write_text("no folder")
     for name in ("absent", "file"):
         assert "is not a folder" in mistake(reader, tmp_path / name, capfd)
     (tmp_path / "empty").mkdir()
-    assert "cannot be read as" in mistake(reader, tmp_path / "empty", capfd)
+    assert "cannot be read" in mistake(reader, tmp_path / "empty", capfd)
 
 
 DAMAGES = ("broken config.json", "absent model.safetensors", "broken model.safetensors",
@@ -198,6 +225,38 @@ def test_weights_that_are_not_all_there(clip, dino, tmp_path, capfd):
         tensors.popitem()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         mistake(reader, folder, capfd)
+
+
+@pytest.mark.parametrize("damage, words", [
+    ({"leave_out": ["mlp.layers.7.bias"]}, "mlp.layers.7.bias"),
+    ({"leave_out": ["blip.visual_encoder.pos_embed"]}, "blip.visual_encoder.pos_embed"),
+    ({"blip.visual_encoder.extra": torch.zeros(1)}, "holds blip.visual_encoder.extra, which is no part of ImageReward"),
+    ({"mlp.layers.7.bias": torch.zeros(2)}, "size mismatch"),
+    ({"blip.text_encoder.embeddings.LayerNorm.bias": Image.new("RGB", (1, 1))}, "UnpicklingError"),
+])  # fmt: skip
+def test_image_reward_is_read_strictly(tmp_path, capfd, damage, words):
+    """Neither a hole nor a leftover is passed over, and no code runs."""
+    folder = write_image_reward(tmp_path / "damaged", **damage)
+    assert words in mistake(ImageReward, folder, capfd)
+
+
+def test_image_reward_wants_the_vocabulary_of_its_config(tmp_path, capfd):
+    folder = write_image_reward(tmp_path / "damaged")
+    (folder / "vocab.txt").write_text("\n".join(image_reward.VOCABULARY[:-1]))
+    assert "no vocab.txt of the 93 tokens" in mistake(ImageReward, folder, capfd)
+    (folder / "med_config.json").write_text(json.dumps(image_reward.MED_CONFIG | {"hidden_size": "48"}))
+    assert "med_config.json: hidden_size is '48'" in mistake(ImageReward, folder, capfd)
+
+
+def test_a_folders_own_code_is_not_run(clip, dino, tmp_path, capfd, monkeypatch):
+    """Nor is anybody asked to let it run."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for reader, whole in ((CLIP, clip), (DINOv2, dino)):
+        folder = shutil.copytree(whole, tmp_path / reader.__name__)
+        config = {"auto_map": {"AutoImageProcessor": "theirs.Theirs"}, "image_processor_type": "Theirs"}
+        (folder / "preprocessor_config.json").write_text(json.dumps(config))
+        (folder / "theirs.py").write_text("raise SystemExit('ran')")
+        assert "contains custom code" in mistake(reader, folder, capfd)
 
 
 def test_quiet(clip, dino, capfd):

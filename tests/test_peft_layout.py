@@ -166,6 +166,10 @@ def edit(**settings):
     return change
 
 
+def header(text):
+    return lambda folder: save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"sparsecode": text})
+
+
 def change_tensors(change):
     def rewrite(folder):
         tensors = load_file(folder / WEIGHTS)
@@ -179,7 +183,7 @@ KEY = "base_model.model.transformer_blocks.1.attn1.to_q.lora_B.weight"
 BROKEN = {
     "holds no adapter_config.json; name an adapter file": lambda folder: (folder / CONFIG).unlink(),
     "is not JSON": lambda folder: (folder / CONFIG).write_text("{"),
-    "is not a table": lambda folder: (folder / CONFIG).write_text("[]"),
+    r"holds \[\]; expected an object": lambda folder: (folder / CONFIG).write_text("[]"),
     "there is no adapter file .*adapter_model": lambda folder: (folder / WEIGHTS).unlink(),
     "cannot be read as safetensors": lambda folder: (folder / WEIGHTS).write_bytes(b"half"),
     "is for VERA; only LORA": edit(peft_type="VERA"),
@@ -190,14 +194,25 @@ BROKEN = {
     'init_lora_weights is "pissa"; only': edit(init_lora_weights="pissa"),
     "layers_to_transform is 0; only": edit(layers_to_transform=0),
     "a_setting_of_the_future is 1; only": edit(a_setting_of_the_future=1),
-    "r is '4' and lora_alpha is 6; both must be numbers": edit(r="4"),
+    "r is '4'; expected a whole number": edit(r="4"),
+    "lora_alpha is True; expected a number": edit(lora_alpha=True),
+    "target_modules is None; expected text, or a list": edit(target_modules=None),
+    r"target_modules is \[1\]; expected text, or a list": edit(target_modules=[1]),
+    "which is for no attention of": edit(target_modules=["tn1.to_q"]),
+    "lacks .*to_q.lora_A.weight and 3 more": edit(target_modules=[*TARGETS["endings"], "attn2.to_q"]),
+    "has .*lora_A.weight and 3 more, which": edit(target_modules=["attn1.to_q", "attn1.to_k", "attn1.to_out.0"]),
+    "config.json is not JSON .*NaN": edit(lora_alpha=float("nan")),
+    "peft_type is .'LORA'.; expected text": edit(peft_type=["LORA"]),
+    "use_dora is 1; expected true or false": edit(use_dora=1),
+    r"of shape \[4, 16\] where \[40000000, 16\] belongs": edit(r=40_000_000),
+    "header is not JSON": header("[" * 50_000),
+    "header holds 5; expected an object": header("5"),
+    "header: notes is .*; expected an object": header('{"notes": [1]}'),
+    "header: prompt is 5; expected text": header('{"prompt": 5}'),
+    "has nothing, which is for no attention": change_tensors(lambda tensors: tensors.clear()),
+    f"NaN or infinite values in {KEY}": change_tensors(lambda tensors: tensors[KEY].fill_(torch.inf)),
+    f"has {KEY} in I64; expected": change_tensors(lambda tensors: tensors.update({KEY: tensors[KEY].long()})),
     "r=0 is not a rank": edit(r=0),
-    "target_modules is None; expected": edit(target_modules=None),
-    r"target_modules '\(' is no regular": edit(target_modules="("),
-    "target_modules 'to_z' names no projection": edit(target_modules="to_z"),
-    r"target_modules \['tn1.to_q'\] names no projection": edit(target_modules=["tn1.to_q"]),
-    "lacks .*to_q.lora_A.weight and 3 more": edit(target_modules=r".*(attn1.*|attn2\.to_q)"),
-    "has .*lora_A.weight and 3 more, which": edit(target_modules=r".*attn1\.(to_[qk]|to_out\.0)"),
     f"lacks {KEY}$": change_tensors(lambda tensors: tensors.pop(KEY)),
     r"has .*ff.net.2.lora_A.weight, which": change_tensors(
         lambda tensors: tensors.update({KEY.replace("attn1.to_q.lora_B", "ff.net.2.lora_A"): torch.zeros(4, 16)})
@@ -259,7 +274,7 @@ def test_an_old_oft_without_the_setting_is_refused(folder, tmp_path):
 def test_another_base_is_refused(folder, tmp_path):
     """By its config, if the folder was written here; by its layers and widths, if by peft."""
     save_adapter(trained_here(folder, "lora"), tmp_path / "ours", layout="peft")
-    trained_by_peft(tmp_path / "theirs", "lora")
+    trained_by_peft(tmp_path / "theirs", "lora", TARGETS["endings"])
     for name, change in dict(deeper=dict(num_layers=3), wider=dict(num_attention_heads=3)).items():
         diffusers_transformer(**change).save_pretrained(tmp_path / name)
         model = load_transformer(tmp_path / name)
@@ -269,12 +284,33 @@ def test_another_base_is_refused(folder, tmp_path):
     assert_refused("interpolation_scale", tmp_path / "ours", load_transformer(tmp_path / "other"))
 
 
-def test_single_projections_have_no_place_in_a_file_of_ours(folder, tmp_path):
+def test_single_projections_in_a_file_of_ours(folder, tmp_path):
     trained_by_peft(tmp_path / "a", "lora", ["to_q", "to_v"])
     load_adapter(model := load_transformer(folder), tmp_path / "a")
-    with pytest.raises(UserError, match="do not cover all projections of an attention; save them with layout='peft'"):
-        save_adapter(model, tmp_path / "a.safetensors")
-    assert not (tmp_path / "a.safetensors").exists()
+    save_adapter(model, tmp_path / "a.safetensors")
+    load_adapter(other := load_transformer(folder), tmp_path / "a.safetensors")
+    x = inputs()
+    assert torch.equal(other(*x), model(*x)) and list(adapters(other)) == list(adapters(model))
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*(.*)*(.*)*X", "("])
+def test_a_pattern_in_a_folder_is_never_run(pattern, folder, written_by_peft, tmp_path):
+    """The first takes longer than a life; the names of the tensors say what is adapted."""
+    for name, content in written_by_peft.items():
+        (tmp_path / name).write_bytes(content)
+    load_adapter(expected := load_transformer(folder), tmp_path)
+    edit(target_modules=pattern)(tmp_path)
+    load_adapter(model := load_transformer(folder), tmp_path)
+    assert list(adapters(model)) == list(adapters(expected))
+
+
+@methods
+def test_the_same_adapter_gives_the_same_bytes(folder, method, tmp_path):
+    written = []
+    for i in range(8):
+        save_adapter(trained_here(folder, method), tmp_path / f"{i}", layout="peft", prompt="a ☂", seed=3)
+        written.append([file.read_bytes() for file in sorted((tmp_path / f"{i}").iterdir())])
+    assert all(files == written[0] for files in written)
 
 
 def test_save_refuses(tmp_path):
@@ -291,11 +327,11 @@ def test_a_failed_save_keeps_both_old_files(folder, tmp_path, monkeypatch):
     save_adapter(model, tmp_path, layout="peft")
     old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def full_disk(tensors, target, metadata):
+    def full_disk(target, tensors, metadata):
         target.write_bytes(b"half of it")
         raise OSError("no space left")
 
-    monkeypatch.setattr(sys.modules["sparsecode.peft_layout"], "save_file", full_disk)
+    monkeypatch.setattr(sys.modules["sparsecode.peft_layout"], "write_tensors", full_disk)
     shake(adapters(model).values())
     with pytest.raises(OSError, match="no space left"):
         save_adapter(model, tmp_path, layout="peft")

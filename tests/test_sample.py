@@ -88,9 +88,23 @@ def test_the_command(tiny, adapter, tmp_path, capsys):
     sample.main(["a star", "a robot", "--weights", str(tiny), "--device", "cpu", "--adapter", str(adapter),
                  "--seed", "0", "1", "--steps", "2", "--out", str(out)])  # fmt: skip
     printed = capsys.readouterr()
-    assert printed.out == f"2 rows of 2 pictures in {out}\n" and printed.err == ""
+    assert printed.out == f"2 rows of 2 pictures in {out}; each at full size in grid/\n" and printed.err == ""
     with Image.open(out) as grid:
         assert grid.format == "JPEG" and grid.width > 2 * 128 and grid.height > 2 * 128
+    assert sorted(file.name for file in out.with_suffix("").iterdir()) == ["1-1.png", "1-2.png", "2-1.png", "2-2.png"]
+    with Image.open(out.with_suffix("") / "2-2.png") as picture:
+        assert picture.size == (16, 16)
+
+
+def test_one_picture_has_its_own_size(tiny, tmp_path, capsys):
+    out = tmp_path / "star.png"
+    sample.main(["a star", "--weights", str(tiny), "--device", "cpu", "--seed", "3", "--steps", "2",
+                 "--height", "64", "--width", "48", "--out", str(out)])  # fmt: skip
+    assert capsys.readouterr().out == f"the picture is {out}\n"
+    (expected,) = Pipeline.from_folder(tiny, device="cpu").generate(["a star"], steps=2, seed=3, height=64, width=48)
+    with Image.open(out) as picture:
+        assert picture.size == (48, 64) and picture.tobytes() == expected.tobytes()
+    assert list(tmp_path.iterdir()) == [out]
 
 
 # Arguments and words of the line that they must give.

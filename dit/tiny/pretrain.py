@@ -37,7 +37,7 @@ from sparsecode.common import UserError, replacing
 HEADS = 4  # of the transformer
 # What travels with the model as its defaults.json: the guidance that dit.tiny.judge found best of 1.5, 3 and 4.5,
 # and the fine-tuning settings that draw a new subject within two minutes on two CPU cores.
-DEFAULTS = {"guidance": 3.0, "finetune": {"epochs": 50, "batch_size": 4, "lr": 0.003}}
+DEFAULTS = {"guidance": 3.0, "finetune": {"epochs": 50, "batch_size": 4, "lr": 0.003, "lr_schedule": "inverse"}}
 
 # ---- one training loop for all stages ---------------------------------------------------------------------------
 

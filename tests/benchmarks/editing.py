@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from dit.cli import TINY
-from dit.edit import Subject, draw, follows, teach
+from dit.edit import draw
 from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
+from dit.tiny.editing import SubjectPicture, follows
 from dit.tiny.judge import captions_to_judge, load_judge, right
 from dit.tiny.scenes import BACKGROUNDS, WORLDS
 from dit.tiny.subjects import SUBJECTS
+from dit.train import TrainConfig, teach
 from sparsecode.common import replacing
 
 FOLDER = Path(__file__).parent.parent.parent / "lessons" / "data" / "subjects"
@@ -67,7 +69,7 @@ def rows_of(pipe, judge, subject, number, name, out):
     file = None
     if how is not None:
         file = out / f"{subject.name}-{number:02}-{name.replace(',', '').replace(' ', '-')}.safetensors"
-        teach(pipe, [subject.file], [subject.caption], file, **how)
+        teach(pipe, [subject.file], [subject.caption], file, TrainConfig.of(pipe, **how))
     wanted = scenes(subject, number)
     noise = pipe.noise(range(n_seeds))  # (seeds, 4, h, w)
     for way in ways:
@@ -114,7 +116,7 @@ def run(pipe, judge, out, subjects):
     rows = list(csv.DictReader(open(table, encoding="utf-8"))) if table.exists() else []
     for name in subjects:
         for number in (1, 2):
-            subject = Subject(FOLDER, name, number, pipe.resolution)
+            subject = SubjectPicture(FOLDER, name, number, pipe.resolution)
             picture = f"{name}/{number:02}"
             done = {row["adapter"] for row in rows if row["picture"] == picture}
             for adapter in [adapter for adapter in ADAPTERS if adapter not in done]:

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/one_picture.py --out runs/one_picture          (about 15 minutes on two CPU cores)
 
-For each picture: `python -m dit.finetune` with its own caption and the shipped defaults; then the PSNR of ten generated
-pictures to it, and how often the nearest of all subject pictures is the one that was trained on. A picture whose
-adapter is in --out already is not trained again.
+For each picture: what `python -m dit.finetune` trains, with its own caption and the shipped defaults; then the PSNR of
+ten generated pictures to it, and how often the nearest of all subject pictures is the one that was trained on. A
+picture whose adapter is in --out already is not trained again.
 """
 
 import argparse
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dit import finetune
 from dit.cli import TINY
 from dit.data import find_captions, load_images
 from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
+from dit.train import TrainConfig, teach
 from sparsecode import detach, load_adapter
 
 SUBJECTS = Path(__file__).parent.parent.parent / "lessons" / "data" / "subjects"
@@ -38,11 +38,9 @@ def main():
     for epochs in args.epochs or [None]:
         mean, share = [], []
         for i, (file, caption) in enumerate(zip(files, captions)):
-            out = args.out / f"{file.parent.name}-{file.stem}-{epochs or 'default'}"
-            if not (out / "adapter.safetensors").exists():
-                options = ["--epochs", str(epochs)] if epochs else []
-                finetune.main(["--images", str(file), "--weights", str(args.weights), "--out", str(out), *options])
-            load_adapter(pipe.transformer, out / "adapter.safetensors")
+            adapter = args.out / f"{file.parent.name}-{file.stem}-{epochs or 'default'}.safetensors"
+            teach(pipe, [file], [caption], adapter, TrainConfig.of(pipe, epochs=epochs))
+            load_adapter(pipe.transformer, adapter)
             drawn = to_tensor(pipe.generate([caption] * args.seeds, latents=noise))  # (seeds, 3, H, W)
             detach(pipe.transformer)
             error = ((drawn[:, None] - images) / 2).square().mean((2, 3, 4))  # (seeds, 25)

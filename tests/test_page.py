@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from small_model import shake
 
-from dit import atoms
+from dit import page
 from dit.pipeline import Pipeline
 from sparsecode import adapters, attach, detach, load_adapter, record_usage, save_adapter, top_atoms
 
@@ -75,7 +75,7 @@ class Page(HTMLParser):
 
 
 def call(tiny, adapter, *more):
-    atoms.main(["--weights", str(tiny), "--device", "cpu", "--adapter", str(adapter), "--steps", "3", *map(str, more)])
+    page.main(["--weights", str(tiny), "--device", "cpu", "--adapter", str(adapter), "--steps", "3", *map(str, more)])
 
 
 def pixels(image):
@@ -125,24 +125,24 @@ def test_maps_are_those_of_the_pass_with_the_prompt(pipe):
     noise = pipe.noise([3], 16, 24)  # (1, 4, 8, 12)
     best = [(layer, m) for layer, m, _ in top_atoms(pipe.transformer, 5)]
     assert len({layer for layer, _ in best}) == 2
-    picture, maps = atoms.watch(pipe, "a red robot", noise, best, steps=3)
-    _, alone = atoms.watch(pipe, "a red robot", noise, best, steps=3, guidance=1)
+    picture, maps = page.watch(pipe, "a red robot", noise, best, steps=3)
+    _, alone = page.watch(pipe, "a red robot", noise, best, steps=3, guidance=1)
     assert picture.size == (24, 16) and maps.shape == (5, 3, 4, 6)  # a patch is 2 × 2 latents
     torch.testing.assert_close(maps[:, 0], alone[:, 0], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(maps[:, 2], alone[:, 2], atol=1e-3)
-    _, backwards = atoms.watch(pipe, "a red robot", noise, best[::-1], steps=3)
+    _, backwards = page.watch(pipe, "a red robot", noise, best[::-1], steps=3)
     assert torch.equal(backwards.flip(0), maps)
 
 
 def test_an_overlay_is_red_where_the_atom_is_added_and_blue_where_it_is_subtracted():
     values = torch.zeros(4, 4)
     values[0, 0], values[3, 3] = 2.0, -1.0
-    drawn = np.asarray(atoms.overlay(Image.new("RGB", (64, 64), "white"), values), dtype=int)
+    drawn = np.asarray(page.overlay(Image.new("RGB", (64, 64), "white"), values), dtype=int)
     red, blue, none = drawn[2, 2], drawn[61, 61], drawn[2, 61]
     assert red[0] > red[2] + 100 and blue[2] > blue[0] + 50 and none.tolist() == [255, 255, 255]
-    paler = np.asarray(atoms.overlay(Image.new("RGB", (64, 64), "white"), values, scale=4.0), dtype=int)
+    paler = np.asarray(page.overlay(Image.new("RGB", (64, 64), "white"), values, scale=4.0), dtype=int)
     assert drawn[2, 2, 2] < paler[2, 2, 2] < 255
-    nothing = atoms.overlay(Image.new("RGB", (64, 64), "black"), torch.zeros(4, 4))
+    nothing = page.overlay(Image.new("RGB", (64, 64), "black"), torch.zeros(4, 4))
     assert pixels(nothing) == pixels(Image.new("RGB", (64, 64), (128, 128, 128)))
 
 
@@ -179,5 +179,5 @@ def test_mistakes(tiny, adapter, files, tmp_path, monkeypatch, arguments, mistak
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Pipeline, "generate", lambda *_, **__: pytest.fail("work was done"))
     words = [word.format(**files) for word in arguments.split()]
-    assert MISTAKES[arguments] in mistake(atoms, "--weights", tiny, "--device", "cpu", "--adapter", adapter, *words)
+    assert MISTAKES[arguments] in mistake(page, "--weights", tiny, "--device", "cpu", "--adapter", adapter, *words)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
 """A page about the most important atoms of an adapter: when each acts, where, and what the picture is without it.
 
-    python -m dit.atoms --adapter runs/robot/adapter.safetensors --out atoms.html
+    python -m dit.page --adapter runs/robot/adapter.safetensors --out atoms.html
 
 The page needs nothing but itself: pictures are inside it, and there are no scripts. The adapter must be a sparse one.
 """
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import to_tensor
 from sparsecode import adapters, importance, keep_atoms, load_adapter, read_header, record_maps, top_atoms
@@ -167,7 +167,7 @@ def page(pipe, prompt, noise, n, **options):
 
 
 def parse(argv=None):
-    parser = Parser(prog="python -m dit.atoms", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m dit.page", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="sparse adapter.safetensors of dit.finetune")
@@ -184,6 +184,7 @@ def parse(argv=None):
         raise UserError(f"{args.out} does not end like a page; name it something.html")
     if args.out.is_dir():
         raise UserError(f"{args.out} is a folder; name a file")
+    check_place(args.out.absolute().parent)
     return args
 
 

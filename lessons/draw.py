@@ -1,0 +1,322 @@
+"""The figures of the lessons, in their order. Each function draws what a lesson has computed and returns the figure."""
+
+import matplotlib.pyplot as plt
+import torch
+
+BLUE, ORANGE, GREEN, RED, GREY = "tab:blue", "tab:orange", "tab:green", "tab:red", "0.6"
+plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def panels(rows, columns, width=8.6, height=3.6, **options):
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+
+
+def image(ax, pixels, title="", **options):
+    """A picture without axes; grey unless told."""
+    ax.imshow(pixels, **{"cmap": "gray", "interpolation": "nearest", **options})
+    ax.set_title(title)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def label(ax, x, y, text, color, **options):
+    """Text beside a curve, in its colour, instead of a legend."""
+    ax.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", color=color, va="center", **options)
+
+
+def decimal_ticks(axis, ticks):
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
+# ---- 01 ---------------------------------------------------------------------------------------------------------
+
+
+def threshold(grid, costs, minima, sigma):
+    """costs {z: (G,)} with their minima, and σ (G,) over the same grid"""
+    figure, (left, right) = panels(1, 2)
+    for (z, cost), color in zip(costs.items(), (BLUE, ORANGE)):
+        left.plot(grid, cost, color=color)
+        lowest = cost[(grid - minima[z]).abs().argmin()]
+        left.plot(minima[z], lowest, "o", color=color)
+        label(left, minima[z], lowest - 0.25, f"z = {z}: lowest at {minima[z]:.1f}", color)
+    left.set(xlabel="s", ylim=(-0.4, 4), title="½ (s − z)² + λ|s| with λ = 1")
+    right.plot(grid, grid, ":", color=GREY)
+    right.plot(grid, sigma, color="black")
+    label(right, -1.9, -2.5, "no threshold: σ(z) = z", GREY)
+    right.annotate("from −λ to λ:\nexactly 0", (0.3, 0), (-2.6, 1.2), arrowprops={"arrowstyle": "->"})
+    right.set(xlabel="z", title="the soft threshold σ(z)")
+    return figure
+
+
+def condition(codes, gradient, lam):
+    figure, ax = panels(1, 1, height=3.8)
+    zero = codes == 0
+    ax.axhspan(-lam, lam, color="0.93")
+    ax.plot(codes[zero], gradient[zero], ".", color=GREY)
+    ax.plot(codes[~zero], gradient[~zero], "o", color=BLUE, markersize=4)
+    for side, sign in ((lam, "λ"), (-lam, "−λ")):
+        ax.axhline(side, color="black", lw=0.8)
+        ax.text(1.0, side, f" {sign}", transform=ax.get_yaxis_transform(), va="center")
+    width = codes.abs().max().item()
+    ax.text(0.05 * width, 0.3 * lam, "not used: gradient\nanywhere from −λ to λ", color="0.4")
+    ax.text(0.4 * width, -0.85 * lam, "used, s > 0: gradient exactly −λ", color=BLUE)
+    ax.text(-0.95 * width, 0.75 * lam, "used, s < 0: gradient exactly λ", color=BLUE)
+    ax.set(xlabel="coefficient $s_m$ at the minimum", ylabel="gradient $g_m$", ylim=(-1.3 * lam, 1.3 * lam))
+    return figure
+
+
+def valley(surface, box, paths):
+    """The objective as contours over two coefficients, and the path {name: (steps, 2)} of each method"""
+    figure, axes = panels(1, 2, height=4.9, sharey=True)
+    levels = surface.min() + torch.logspace(-3.2, 0.7, 18) * (surface.max() - surface.min()) / 5
+    for ax, (name, path), color in zip(axes, paths.items(), (BLUE, ORANGE)):
+        ax.contour(surface, levels=levels, extent=box, colors="0.75", linewidths=0.8)
+        ax.plot(*path.T, ".-", color=color, lw=1, markersize=5)
+        ax.plot(*path[0], "s", color="black")
+        ax.annotate("start", path[0], (4, 8), textcoords="offset points")
+        ax.annotate(f"step {len(path) - 1}", path[-1], (14, 12), textcoords="offset points", color=color)
+        ax.plot(1.95, 0, "*", color=RED, markersize=13, zorder=3)
+        ax.set(xlabel="coefficient of atom 1", title=name)
+        ax.set_aspect("equal")
+    axes[0].set_ylabel("coefficient of atom 2")
+    axes[0].annotate("minimum", (1.95, 0), (0, -18), textcoords="offset points", color=RED, ha="center")
+    return figure
+
+
+def bounds(curves, limits):
+    """Distance to the minimum after each step, {name: (steps,)}, and what it never exceeds"""
+    formulas = {"ISTA": r"$L\,\Vert S^\star\Vert^2 / 2k$", "FISTA": r"$2L\,\Vert S^\star\Vert^2 / (k+1)^2$"}
+    figure, axes = panels(1, 2, height=3.8, sharey=True)
+    for ax, name, color in zip(axes, curves, (BLUE, ORANGE)):
+        k = torch.arange(1, len(curves[name]) + 1)
+        ax.plot(k, curves[name], color=color, lw=2)
+        ax.plot(k, limits[name], "--", color="black", lw=1)
+        ax.fill_between(k, limits[name], 1e4, color="0.9")
+        ax.text(0.95, 0.93, f"proved: never above\n{formulas[name]}", transform=ax.transAxes, ha="right", va="top")
+        label(ax, 2, curves[name][1] / 40, f"what {name} did", color)
+        ax.set(xscale="log", yscale="log", ylim=(1e-7, 1e3), xlabel="step k", title=name)
+    axes[0].set_ylabel("above the minimum, relative")
+    return figure
+
+
+def path(shares, codes, planted, counts, errors, noise):
+    """One signal's coefficients (λ, M) along λ, and the error of all signals by the number of atoms"""
+    figure, (left, right) = panels(1, 2, height=4)
+    for values, truth in zip(codes.T, planted):
+        if truth:
+            (line,) = left.plot(shares, values, lw=2, zorder=2)
+            left.plot(shares[-1], truth, "<", color=line.get_color(), clip_on=False)
+        elif values.any():
+            left.plot(shares, values, color="0.75", lw=0.8, zorder=1)
+    left.set(xscale="log", xlim=(1, shares[-1]), xlabel="λ / largest λ", ylabel="coefficient")
+    left.set_title("one signal: its 5 atoms (coloured),\nother atoms (grey), the truth (◂)")
+    decimal_ticks(left.xaxis, [1, 0.1, 0.01, 0.001])
+    right.plot(counts, [100 * error for error in errors], ".-", color=BLUE)
+    right.axhline(100 * noise, color=GREY, ls=":")
+    right.text(0.55, 55 * noise, "share of noise in the signals", color="0.4")
+    right.set(xscale="log", yscale="log", xlim=(0.5, 80), xlabel="atoms used per signal")
+    right.set_title("error of all signals, %")
+    decimal_ticks(right.xaxis, [1, 2, 5, 10, 20, 64])
+    decimal_ticks(right.yaxis, [0.01, 0.1, 1, 10, 100])
+    return figure
+
+
+def patches(picture, patch_list, codes, atoms, side, places):
+    """Patches of a picture (n, C), the places in order of rows, as sums of five atoms: codes (n, M)"""
+    figure = plt.figure(figsize=(9.2, 3.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(3, 7))
+    ax = left.subplots()
+    image(ax, picture, "a picture")
+    for place, color in zip(places, (RED, GREEN, BLUE)):
+        y, x = (side * i - 0.5 for i in divmod(place, picture.shape[1] // side))
+        ax.add_patch(plt.Rectangle((x, y), side, side, fill=False, color=color, lw=2))
+    grid = right.subplots(len(patch_list), 7)
+    for row, patch, s, color in zip(grid, patch_list, codes, (RED, GREEN, BLUE)):
+        best = s.abs().topk(5).indices
+        scale = patch.abs().max()
+        image(row[0], patch.view(side, side), "patch", vmin=-scale, vmax=scale)
+        row[0].spines[:].set(visible=True, color=color, lw=2)
+        for i, (ax, m) in enumerate(zip(row[1:6], best)):
+            size = atoms[m].abs().max()
+            sign = ("−" if s[m] < 0 else "+") if i else ("≈ −" if s[m] < 0 else "≈")
+            image(ax, atoms[m].view(side, side), f"{sign} {s[m].abs():.2f} ×", vmin=-size, vmax=size)
+        image(row[6], (s @ atoms).view(side, side), "= sum", vmin=-scale, vmax=scale)
+    return figure
+
+
+def wall(atoms, side, columns):
+    """Atoms (n, side²) beside each other"""
+    figure, axes = panels(len(atoms) // columns, columns, height=8.6 * len(atoms) / columns**2)
+    for ax, atom in zip(axes.flat, atoms):
+        size = atom.abs().max()
+        image(ax, atom.view(side, side), vmin=-size, vmax=size)
+    return figure
+
+
+def coded(picture, approximations, side):
+    """A picture beside what few atoms make of its patches: {title: (patches, side²)}"""
+    figure, axes = panels(1, 1 + len(approximations), height=3.2)
+    image(axes[0], picture, "the picture", vmin=0, vmax=1)
+    rows, columns = (size // side for size in picture.shape)
+    for ax, (title, tiles) in zip(axes[1:], approximations.items()):
+        pixels = tiles.view(rows, columns, side, side).transpose(1, 2).reshape(picture.shape)
+        image(ax, pixels, title, vmin=0, vmax=1)
+    return figure
+
+
+# ---- 02 ---------------------------------------------------------------------------------------------------------
+
+
+def coefficients(picture, patch, maps):
+    """A picture with one patch framed, and the coefficients of that patch in each head: maps (H, side, side)"""
+    figure, axes = panels(1, 1 + len(maps), width=9.2, height=2.4)
+    size = len(picture) // maps.shape[1]
+    y, x = (size * i - 0.5 for i in divmod(patch, maps.shape[1]))
+    image(axes[0], picture, "16 tokens; one framed", vmin=0, vmax=1)
+    for line in range(size, len(picture), size):
+        axes[0].axhline(line - 0.5, color="0.5", lw=0.6)
+        axes[0].axvline(line - 0.5, color="0.5", lw=0.6)
+    for h, (ax, weights) in enumerate(zip(axes[1:], maps)):
+        image(ax, picture, f"head {h}", cmap="gray_r", vmin=0, vmax=3)
+        whole = (-0.5, len(picture) - 0.5, len(picture) - 0.5, -0.5)
+        ax.imshow(weights, cmap="Oranges", vmin=0, vmax=0.5, alpha=0.8, extent=whole)
+        for i, weight in enumerate(weights.flatten().tolist()):
+            row, column = divmod(i, maps.shape[1])
+            place = (size * column + size / 2 - 0.5, size * row + size / 2 - 0.5)
+            ax.text(*place, f"{100 * weight:.0f}", ha="center", va="center", fontsize=9)
+    for ax in axes:
+        ax.add_patch(plt.Rectangle((x, y), size, size, fill=False, color=RED, lw=2))
+    return figure
+
+
+def counts(pictures, numbers):
+    """How many atoms each patch of a picture takes: {title: (side, side)} over pictures of the same titles"""
+    figure, axes = panels(1, len(numbers), width=9.2, height=2.7)
+    for ax, (title, values) in zip(axes, numbers.items()):
+        picture = pictures[title]
+        image(ax, picture, title, vmin=0, vmax=1, alpha=0.5)
+        size = len(picture) // len(values)
+        for i, value in enumerate(values.flatten().int().tolist()):
+            row, column = divmod(i, len(values))
+            box = {"boxstyle": "round,pad=0.15", "color": "white", "alpha": 0.75}
+            place = (size * column + size / 2 - 0.5, size * row + size / 2 - 0.5)
+            ax.text(*place, value, ha="center", va="center", bbox=box, color=RED if value == 0 else "black")
+    return figure
+
+
+def mixing(codes):
+    """Which of M coefficients are not zero, tokens by atoms: {title: (N, M)}"""
+    figure, axes = panels(2, 2, width=9.2, height=3.6)
+    for ax, (title, s) in zip(axes.T.flat, codes.items()):
+        size = s.abs() / s.abs().max()
+        ax.imshow(size.sqrt(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_title(title)
+        ax.set(xticks=[], yticks=[], xlabel="100 atoms", ylabel="16 tokens")
+        ax.spines[:].set_visible(True)
+    return figure
+
+
+# ---- 03 ---------------------------------------------------------------------------------------------------------
+
+
+def waves(ax, rows, color, gap, title):
+    """Functions of time (n, T) one below the other"""
+    for level, row in enumerate(rows):
+        ax.axhline(-gap * level, color="0.85", lw=0.8)
+        ax.plot(row - gap * level, color=color, lw=1.3)
+    ax.set(yticks=[], xlabel="time", title=title)
+    ax.spines["left"].set_visible(False)
+
+
+def signal(ax, truth, masked, restored=None, color=ORANGE):
+    """A signal (T,) in grey, the samples that are seen as dots, and what was made of them"""
+    seen = masked.nonzero()[:, 0]
+    ax.plot(truth, color="0.75", lw=4)
+    if restored is not None:
+        ax.plot(restored, color=color, lw=1.6)
+    ax.plot(seen, masked[seen], "o", color="black", markersize=4)
+    ax.set(yticks=[], xlabel="time")
+    ax.spines["left"].set_visible(False)
+
+
+def mixture(parts, truth, masked):
+    """A signal as the sum of its five bases, parts (5, T)"""
+    figure, (left, right) = panels(1, 2)
+    waves(left, parts, BLUE, 2.2, "five Fourier bases, each times a number …")
+    signal(right, truth, masked)
+    right.set_title("… their sum (grey), and the 16 samples seen (dots)")
+    return figure
+
+
+def contributions(runs):
+    """{title: parts (9, T)}"""
+    figure, axes = panels(1, len(runs), height=4.4, sharey=True)
+    for ax, (title, parts), color in zip(axes, runs.items(), (BLUE, RED)):
+        waves(ax, parts, color, 1.4, title)
+    return figure
+
+
+def restored(truth, masked, attempts):
+    """One signal and what each model makes of it: {title: (T,)}"""
+    figure, axes = panels(1, len(attempts), height=3.2, sharey=True)
+    for ax, (title, estimate), color in zip(axes, attempts.items(), (RED, GREEN)):
+        signal(ax, truth, masked, estimate, color)
+        ax.set_title(title)
+    return figure
+
+
+def tuned_atoms(before, nearest, after):
+    """Atoms (n, T) over the Fourier bases nearest to them, and the same atoms after tuning"""
+    figure, (left, right) = panels(1, 2, height=4.2)
+    for level, basis in enumerate(nearest):
+        left.plot(basis - 0.6 * level, color="0.8", lw=5)
+    waves(left, before, BLUE, 0.6, "after pre-training on the low band")
+    waves(right, after, GREEN, 0.6, "the same atoms, tuned on the high band")
+    return figure
+
+
+# ---- 04 ---------------------------------------------------------------------------------------------------------
+
+
+def flips(rows):
+    """One row per digit, {title: pictures (n, H, W)} one column each; a frame around a column that counts"""
+    count = len(next(iter(rows.values())))
+    figure, axes = panels(count, len(rows), height=8.6 * count / len(rows) + 0.4)
+    for column, (title, drawn) in zip(axes.T, rows.items()):
+        for i, (ax, picture) in enumerate(zip(column, drawn)):
+            image(ax, picture, "" if i else title, vmin=0, vmax=1)
+    return figure
+
+
+def changes(before, after, single, names):
+    """A digit before and after, and what each atom switches on (red) and off (blue): single (n, H, W)"""
+    figure = plt.figure(figsize=(8.6, 4.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 3))
+    top, bottom = left.subplots(2, 1)
+    image(top, before, "no atoms", vmin=0, vmax=1)
+    image(bottom, after, "the best 12", vmin=0, vmax=1)
+    for ax, difference, name in zip(right.subplots(3, 4).flat, single, names):
+        image(ax, difference, name, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+        if difference.abs().max() < 0.005:
+            ax.text(13.5, 13.5, "not used\nhere", ha="center", va="center", color="0.5")
+    right.colorbar(right.axes[0].images[0], ax=right.axes, label="pixel with − without", extend="both", shrink=0.8)
+    return figure
+
+
+def shares(curves, marks):
+    """Share of digits flipped by the n best atoms, {label: {n: share}}, and single points {label: (n, share)}"""
+    figure, ax = panels(1, 1, height=4.4)
+    for (name, curve), color in zip(curves.items(), (BLUE, GREEN, RED)):
+        ax.plot(curve.keys(), [100 * share for share in curve.values()], "o-", color=color, markersize=5)
+        n = {BLUE: 2, GREEN: 10, RED: 40}[color]
+        near = min(curve, key=lambda count: abs(count - n))
+        ax.annotate(name, (near, 100 * curve[near]), (8, -14), textcoords="offset points", color=color)
+    for name, (n, share) in marks.items():
+        ax.plot(n, 100 * share, "D", color="black")
+        ax.annotate(name, (n, 100 * share), (8, -4), textcoords="offset points")
+    ax.axvline(12, color="0.8", lw=1, zorder=0)
+    ax.set_xscale("symlog", linthresh=4)
+    decimal_ticks(ax.xaxis, [0, 1, 2, 4, 8, 12, 20, 40, 80, 200])
+    ax.set(xlabel="atoms kept, the most important first (of 200)", ylabel="8s that became a 3, %", xlim=(-0.2, 330))
+    return figure

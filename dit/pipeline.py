@@ -28,7 +28,7 @@ def find_device(name=None, option="device"):
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        torch.zeros(1, device=name).item()
+        torch.zeros(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split(". ")[0].splitlines()[0][:150]

@@ -1,5 +1,6 @@
 """Every lesson runs in its quick mode, its checks hold, and its page is made of what the script says."""
 
+import builtins
 import importlib.util
 import re
 import runpy
@@ -198,6 +199,14 @@ def test_quick_has_a_range_of_its_own(monkeypatch, tmp_path, capsys):
     lesson = Lesson()
     lesson.check("flipped", 0.5, (0.8, 1), quick=(0.4, 0.6), form=".0%")
     assert capsys.readouterr().out == "✓ flipped 50% (expected 40% to 60%)\n"
+
+
+def test_in_a_notebook_the_arguments_are_those_of_the_kernel(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)
+    monkeypatch.setattr("lesson.RUNS", tmp_path)
+    lesson = Lesson()
+    assert not lesson.quick and lesson.figures == tmp_path
 
 
 def test_no_lesson_is_left_out():

@@ -230,5 +230,37 @@ swept = {"density ρ": ([0.01, 0.02, 0.2], densities), "atoms M": ([16, 256, 102
 curves = {name: (values, [means[setting] for setting in chosen]) for name, (values, chosen) in swept.items()}
 lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by number of atoms")
 
+# %% [markdown]
+# ## Where it stops being true
+#
+# - **Two subjects are few.** The errors above come from four differences each, and two of these share a subject.
+# - **No score sees everything.** The Vendi score counts a spoiled picture as one more. Alignment sees the place and the
+#   background, not the robot. Look at pictures as well.
+# - **The methods are not equal in size.** As in the paper, each has its usual settings. LoRA has 16 numbers per channel
+#   here, and the dictionary 256 atoms. Lesson [7](07_editing.md) compares them at equal size.
+# - **A density is not exact.** A token uses $\max(1, \mathrm{round}(ρ M))$ atoms. See exercise 3.
+#
+# ## Exercises
+#
+# 1. Half of 100 pictures are equal to $a$, the other half to $b$, and the cosine of $a$ and $b$ is $c$. What is the
+#    Vendi score for $c = 0$, and for $c = 1$?
+# 2. A model ignores every prompt and always draws the first picture that it was trained on. What becomes of the three
+#    scores? Compute them: `drawn["a copy"] = [open_picture(robot.files[0]).resize((64, 64))] * 25`.
+# 3. Table 2 varies $M$ at $ρ = 0.01$. How many atoms does a token use with $M = 16$, and with $M = 1024$? Which share
+#    of all atoms is this?
+#
+# <details>
+# <summary>Answers</summary>
+#
+# 1. The eigenvalues of $K/n$ are $(1 + c)/2$ and $(1 - c)/2$. For $c = 0$ they are ½ and ½, and the score is 2. For
+#    $c = 1$ they are 1 and 0, and the score is 1.
+# 2. Diversity is exactly 1. Fidelity stays high: one of the five cosines is 1. Alignment falls, because place and
+#    background are wrong nearly everywhere. So fidelity alone would praise a copy.
+# 3. One of 16, and 10 of 1024: 6 % and 1 %. The smallest dictionary is the densest.
+#
+# </details>
+#
+# Next: [what one atom does to the picture](09_influence.md).
+
 # %%
 lesson.end()

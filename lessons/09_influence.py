@@ -264,5 +264,32 @@ lesson.table(
 )
 lesson.show(draw.depth(*changes["robot", "sparse"]), "09_depth", "The robot, and its change by each block")
 
+# %% [markdown]
+# ## Where it stops being true
+#
+# - **A power is not a wave.** The paper connects high powers of $d_m$ with structure and low powers with detail. It
+#   gives no reason for this, and none follows from the polynomials: they act on channels, not on places.
+# - **One small model.** It has eight blocks and learned one picture. The paper shows pictures of a model of 28 blocks.
+# - **Blocks react.** Without the atoms of one block, all later blocks see something else and pick other atoms. The
+#   pictures show both together.
+#
+# ## Exercises
+#
+# 1. Give two atoms of three channels that are orthogonal and obey Eq. 11 for every polynomial. Give two that are
+#    orthogonal and do not.
+# 2. How many atoms of $C$ channels can obey Eq. 11 together? How many can be orthogonal? The paper's dictionary has
+#    $M = 256$ atoms.
+# 3. Eight layers of degree 3 follow an atom. Which degree does Eq. 13 give, and which is right?
+#
+# <details>
+# <summary>Answers</summary>
+#
+# 1. $(1, 0, 0)$ and $(0, 1, 1)$ share no channel. $(1, 1, 0)$ and $(1, -1, 0)$ are orthogonal and share two.
+# 2. At most $C$ in both cases, but with Eq. 11 and $M = C$ each atom is a single channel. In the tiny model $C = 128$,
+#    so 256 atoms cannot even be orthogonal. In PixArt-Σ $C = 1152$, so they can.
+# 3. Eq. 13 adds: 24. Right is $3^8 = 6561$.
+#
+# </details>
+
 # %%
 lesson.end()

@@ -337,14 +337,16 @@ def shares(curves, marks):
 
 def cosines(pictures, captions, values):
     """Pictures in a row, and below each its cosine with every caption, values (pictures, captions)"""
-    figure, ax = panels(1, 1, width=9.6, height=4.6)
+    figure, ax = panels(1, 1, width=9.6, height=4.1)
     for i, picture in enumerate(pictures):
         ax.imshow(picture, extent=(i - 0.46, i + 0.46, -0.35, -1.27))
         for row, value in enumerate(values[i]):
             weight = "bold" if row == i else "normal"
             ax.text(i, 0.45 * row, f"{value:.2f}", ha="center", va="center", weight=weight)
     ax.set(xlim=(-0.5, len(pictures) - 0.5), ylim=(0.45 * len(captions) - 0.2, -1.3), xticks=[])
-    ax.set_yticks([0.45 * row for row in range(len(captions))], [fill(caption, 34) for caption in captions])
+    ax.set_anchor("E")  # leaves room for the captions
+    wrapped = [fill(caption, 34) for caption in captions]
+    ax.set_yticks([0.45 * row for row in range(len(captions))], wrapped, fontsize=10)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return figure

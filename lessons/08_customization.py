@@ -113,7 +113,7 @@ sampling = {"latents": pipe.noise(range(25)), "steps": 4 if lesson.quick else 10
 # %%
 drawn = {"not trained": pipe.generate(robot.prompts, **sampling)}
 for name, given in runs.items():
-    config = TrainConfig.of(pipe, epochs=2 if lesson.quick else 30, **given)
+    config = TrainConfig.of(pipe, epochs=2 if lesson.quick else 20, **given)
     train(pipe, data, config)
     drawn[name] = pipe.generate(robot.prompts, **sampling)
     detach(pipe.transformer)
@@ -169,13 +169,16 @@ lesson.check("ρ 0.2 − ρ 0.02: diversity", denser[2] - sparse[2], (-9, 0), qu
 # ## The study
 #
 # One training proves little: the next seed gives other numbers. So we repeat this for two subjects and two seeds, and
-# for all methods of the paper. `dit.evaluate` does what we did above, for each combination:
+# for all methods of the paper. The subjects are the robot, whose name the model does not know, and a cat, which differs
+# from the cats that it knows. `dit.evaluate` does what we did above for each combination:
 #
-#     torchrun --nproc-per-node 2 -m dit.evaluate --subjects lessons/data/subjects --epochs 30 --steps 8 --pictures 2 \
-#       --densities 0.01 0.02 0.2 --atoms 256 16 1024 --lrs 0.001 0.003 0.01 0.03 --tune-on snail --seeds 0 1
+#     mkdir -p runs/three && cp -r lessons/data/subjects/{prompts_and_classes.txt,robot,cat,snail} runs/three
+#     torchrun --nproc-per-node 2 -m dit.evaluate --subjects runs/three --tune-on snail --lrs 0.003 0.01 0.03 \
+#       --densities 0.01 0.02 0.2 --atoms 256 16 1024 --seeds 0 1 --epochs 20 --pictures 1 --steps 10 --out runs/study
 #
-# Each method uses the learning rate that was best for a subject that then does not count, the snail. The results ship
-# with the project; the next cell reads them.
+# For each method it tries the learning rates on the snail, and takes the one with the highest alignment + fidelity. The
+# snail then does not count. **DoRA** and **OFT** are two relatives of LoRA: DoRA learns length and direction of the
+# weights separately, and OFT rotates them. The results ship with the project, and the next cell reads them.
 
 # %%
 records = read_results(root / "lessons" / "data" / "customization.csv")

@@ -163,26 +163,30 @@ variants = {
     "orthogonal": {"density": 0.04, "orthogonality": 1.0},
     "dense": {"density": 1.0},
 }
-names = ("robot",) if lesson.quick else ("robot", "owl")
-subjects = {subject.name: subject for subject in read_subjects(root / "lessons" / "data" / "subjects")}
+robot = next(s for s in read_subjects(root / "lessons" / "data" / "subjects") if s.name == "robot")
+picture, caption = robot.files[:1], robot.captions[:1]  # "a robot in the middle on an orange background"
 pipe = Pipeline.from_folder(root / "weights" / "tiny", device="cpu")
-model, blocks = pipe.transformer, pipe.transformer.config.num_layers
-files = {(name, variant): Path(mkdtemp()) / "adapter.safetensors" for name in names for variant in variants}
-
-# %%
-for (name, variant), file in files.items():
-    config = TrainConfig.of(pipe, atoms=128, epochs=8 if lesson.quick else 80, **variants[variant])  # 20 or 200 steps
-    teach(pipe, subjects[name].files[:1], subjects[name].captions[:1], file, config)
+model, folder = pipe.transformer, Path(mkdtemp())
+files = {variant: folder / f"{variant}.safetensors" for variant in variants}
+for variant, given in variants.items():
+    config = TrainConfig.of(pipe, atoms=128, epochs=8 if lesson.quick else 80, **given)  # 20 or 200 steps
+    teach(pipe, picture, caption, files[variant], config)
 
 # %%
 times = torch.tensor([800, 500, 200])
-inputs, pictures = {}, {}
-for name in names:
-    pictures[name] = load_images(subjects[name].files[:1], pipe.resolution)  # (1, 3, H, W)
-    data = encode(pipe, pictures[name], subjects[name].captions[:1])
-    clean = data.latents.expand(3, -1, -1, -1)  # (T, 4, h, w)
-    noisy = add_noise(clean, torch.randn(clean.shape, generator=generator), times, pipe.schedule)  # (T, 4, h, w)
-    inputs[name] = noisy, times, data.text.expand(3, -1, -1), data.text_mask.expand(3, -1)
+pixels = load_images(picture, pipe.resolution)  # (1, 3, H, W)
+data = encode(pipe, pixels, caption)
+latents, text, mask = (part.expand(3, *part.shape[1:]) for part in (data.latents, data.text, data.text_mask))
+noisy = add_noise(latents, torch.randn(latents.shape, generator=generator), times, pipe.schedule)  # (T, 4, h, w)
+
+
+def predict():
+    return model(noisy, times, text, mask)[:, :4]  # the noise that the model sees, (T, 4, h, w)
+
+
+def generate():
+    return to_tensor(pipe.generate(caption * 3, steps=4 if lesson.quick else 10))  # (3, 3, H, W): three noises
+
 
 # %% [markdown]
 # For each block we measure two errors, both relative to the size of the true effect:
@@ -194,36 +198,24 @@ for name in names:
 # **Predict:** will the penalty make effects additive? Will early blocks be less linear? And the dense control?
 
 # %%
-def predict():
-    return model(*inputs[name])[:, :4]  # the noise that the model sees in the picture `name`, (T, 4, h, w)
-
-
-results = {}  # variant -> rows, one per subject
-for (name, variant), file in files.items():
+summary = {}  # variant -> mean cos², PSNR, two errors for each block (blocks,)
+for variant, file in files.items():
     load_adapter(model, file)
-    drawn = to_tensor(pipe.generate(subjects[name].captions[:1] * 3, steps=4 if lesson.quick else 10))  # (3, 3, H, W)
-    psnr = -10 * torch.log10(((drawn - pictures[name]) / 2).square().mean()).item()
+    psnr = -10 * torch.log10(((generate() - pixels) / 2).square().mean()).item()
     additive, linear = [], []
     for layer, score in importance(model).items():
         best = score.topk(4 if lesson.quick else 16).indices.tolist()
-        additive.append(influence.additivity_error(model, predict, {layer: best}).mean())
-        errors = [influence.linearity_error(model, predict, {layer: [m]}) for m in best[: 1 if lesson.quick else 4]]
-        linear.append(torch.stack(errors).nanmedian())
-    cosine = orthogonality(model).item()
-    results.setdefault(variant, []).append((cosine, psnr, torch.stack(additive), torch.stack(linear)))
+        additive.append(influence.additivity_error(model, predict, {layer: best}).mean())  # over timesteps
+        errors = [influence.linearity_error(model, predict, {layer: [m]}) for m in best[: 1 if lesson.quick else 6]]
+        linear.append(torch.stack(errors).nanmedian())  # over atoms and timesteps
+    summary[variant] = orthogonality(model).item(), psnr, torch.stack(additive), torch.stack(linear)
     detach(model)
 
 # %%
-summary = {}  # variant -> cos², PSNR, and two errors for each block, means over the subjects
-for variant, rows in results.items():
-    cosine, psnr, additive, linear = zip(*rows)
-    summary[variant] = np.mean(cosine), np.mean(psnr), torch.stack(additive).mean(0), torch.stack(linear).mean(0)
 lesson.table(
-    ("", "mean cos²", "PSNR, dB", "error of Eq. 11", "of the first order"),
-    [(v, f"{c:.4f}", f"{p:.1f}", f"{a.mean():.0%}", f"{f.mean():.0%}") for v, (c, p, a, f) in summary.items()],
+    ("mean over blocks", "cos²", "PSNR, dB", "error of Eq. 11", "of the first order"),
+    [(v, f"{c:.4f}", f"{p:.1f}", f"{a.mean():.1%}", f"{f.mean():.1%}") for v, (c, p, a, f) in summary.items()],
 )
-early = {variant: row[3][: blocks // 2].mean().item() for variant, row in summary.items()}
-late = {variant: row[3][blocks // 2 :].mean().item() for variant, row in summary.items()}
 lesson.show(draw.by_block(summary), "09_linearity", "Error of Eq. 11 and of the first order by block, three trainings")
 less = summary["orthogonal"][0] / summary["sparse"][0]
 lesson.check("cos² with the penalty / without", less, (0, 0.2), quick=(0, 1))
@@ -243,26 +235,25 @@ lesson.check("cos² with the penalty / without", less, (0, 0.2), quick=(0, 1))
 cycles = torch.fft.fftfreq(64) * 64  # periods along a side
 broad = cycles[:, None] ** 2 + cycles**2 < 4**2  # (H, W)
 changes, shares = {}, {}
-for (name, variant), file in files.items():
-    load_adapter(model, file)
-    draw_it = partial(pipe.generate, subjects[name].captions[:1] * 3, steps=4 if lesson.quick else 10)
-    whole = to_tensor(draw_it())  # (3, 3, H, W): three noises
-    layers = {layer: range(128) for layer in importance(model)}
-    for layer, atoms in layers.items():
-        with influence.scale_atoms(model, {layer: atoms}, 0.0):
-            change = whole - to_tensor(draw_it())  # (3, 3, H, W)
-        energy = torch.fft.fft2(change).abs().square().sum(1)  # (3, H, W)
-        shares.setdefault(variant, []).append(((energy * broad).sum((1, 2)) / energy.sum((1, 2))).mean())
-        changes.setdefault((name, variant), [whole[0]]).append(change[0])
+for variant in ("sparse", "dense"):
+    load_adapter(model, files[variant])
+    drawn = generate()
+    changes[variant], shares[variant] = [], []
+    for layer in importance(model):
+        with influence.scale_atoms(model, {layer: range(128)}, 0.0):
+            change = drawn - generate()  # (3, 3, H, W)
+        energy = torch.fft.fft2(change).abs().square().sum(1)  # (3, H, W): in each wave
+        changes[variant].append(change[0])
+        shares[variant].append(((energy * broad).sum((1, 2)) / energy.sum((1, 2))).mean().item())
+    figure = draw.depth(drawn[0], changes[variant])
+    lesson.show(figure, "09_depth" if variant == "sparse" else "09_depth_dense", f"Changes by block, {variant}")
     detach(model)
 
 # %%
-table = {variant: torch.stack(values).view(len(names), blocks).mean(0) for variant, values in shares.items()}
 lesson.table(
-    ("share of broad waves, block", *range(blocks)),
-    [(variant, *(f"{share:.0%}" for share in values)) for variant, values in table.items()],
+    ("broad waves, by block", *range(len(shares["sparse"]))),
+    [(variant, *(f"{share:.0%}" for share in values)) for variant, values in shares.items()],
 )
-lesson.show(draw.depth(*changes["robot", "sparse"]), "09_depth", "The robot, and its change by each block")
 
 # %% [markdown]
 # ## Where it stops being true

@@ -425,7 +425,7 @@ def by_block(summary):
     return figure
 
 
-def depth(picture, *changes):
+def depth(picture, changes):
     """A picture (3, H, W) in [-1, 1], and what each block changes in it, (3, H, W) each, in one colour scale"""
     columns = (len(changes) + 2) // 2
     figure, axes = panels(2, columns, height=4.2)

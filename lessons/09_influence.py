@@ -195,6 +195,9 @@ def generate():
 # - the **error of the first order**: what an atom does, against the slope of the output along that atom. It is zero if
 #   everything after the atom is linear. Here one atom is taken out while all others stay.
 #
+# Beside them we print the mean $\cos^2$ of two atoms, and how well the picture was learned: **PSNR**, the peak
+# signal-to-noise ratio. At 20 dB the drawing differs from the picture by a tenth of the range from black to white.
+#
 # **Predict:** will the penalty make effects additive? Will early blocks be less linear? And the dense control?
 
 # %%

@@ -96,8 +96,8 @@ lesson.check("one picture, 100 times: Vendi score", vendi_score(seen[:1].repeat(
 # ## Train and score
 #
 # The model learns the robot by three methods: LoRA, and a sparse dictionary of 256 atoms with density $ρ = 0.02$ and
-# $ρ = 0.2$. The **density** is the share of atoms that a token may use (lesson 6). **LoRA** is the usual method: to each
-# weight matrix it adds the product of two thin ones. Each model then draws the 25 prompts from the same noise.
+# $ρ = 0.2$. The **density** is the share of atoms that a token may use (lesson 6). **LoRA** is the usual method: to
+# each weight matrix it adds the product of two thin ones. Each model then draws the 25 prompts from the same noise.
 
 # %%
 pipe = Pipeline.from_folder(root / "weights" / "tiny", device="cpu")

@@ -473,7 +473,6 @@ MISTAKES = {
     "--orthogonality -1": "0 or more",
     "--orthogonality inf": "0 or more",
     "--method lora --orthogonality 1": "lora has no atoms",
-    "--lr 1e30": "the loss became",
     "--unknown": "unrecognized",
     "--samples -1": "a number from 0 to 100",
     "--out {tmp}/" + "x" * 250: "longer than 200 bytes",

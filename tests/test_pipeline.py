@@ -220,7 +220,7 @@ def test_a_pipeline_without_a_judge_is_refused(tiny):
 
 
 def test_t5_on_a_device_of_its_own(tiny):
-    pipe = Pipeline.from_folder(tiny, device="meta", text_device="cpu")
+    pipe = Pipeline.from_folder(tiny, device=torch.device("meta"), text_device="cpu")
     text, mask = pipe.encode_prompt(["a red star"])
     assert {p.device.type for p in pipe.text_encoder.parameters()} == {"cpu"}
     assert text.device.type == mask.device.type == "meta"

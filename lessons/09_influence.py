@@ -281,7 +281,17 @@ lesson.table(
     [(variant, *(f"{share:.0%}" for share in values)) for variant, values in shares.items()],
 )
 
+for variant, (*first_half, a, b, c, d) in shares.items():
+    gain = np.mean([a, b, c, d]) - np.mean(first_half)
+    lesson.check(f"{variant}: blocks 4 to 7 − blocks 0 to 3", gain, (-0.05, 0.3), quick=(-0.5, 0.5), paper="below 0")
+
 # %% [markdown]
+# *The change of the picture by each block, first with sparse atoms, then with dense ones.*
+#
+# It does not fall. Late blocks change broader areas than early ones, if anything, and every block draws outlines. What
+# is true is that the last block does least. So on this model **depth decides how linear an atom is, but not whether it
+# makes structure or detail**.
+#
 # ## Where it stops being true
 #
 # - **A power is not a wave.** The paper connects high powers of $d_m$ with structure and low powers with detail. It

@@ -436,5 +436,6 @@ def depth(picture, changes):
         ax = axes[block // (columns - 1), 1 + block % (columns - 1)]
         image(ax, change.mean(0), f"block {block}", cmap="RdBu_r", vmin=-reach, vmax=reach)
     bar = figure.colorbar(axes[0, 1].images[0], ax=axes[1, 0], location="bottom", shrink=0.9, extend="both")
+    bar.set_ticks([-reach, 0, reach], labels=[f"−{reach:.1f}", "0", f"{reach:.1f}"])
     bar.set_label("with − without")
     return figure

@@ -289,8 +289,8 @@ for variant, (*first_half, a, b, c, d) in shares.items():
 # *The change of the picture by each block, first with sparse atoms, then with dense ones.*
 #
 # It does not fall. Late blocks change broader areas than early ones, if anything, and every block draws outlines. What
-# is true is that the last block does least. So on this model **depth decides how linear an atom is, but not whether it
-# makes structure or detail**.
+# is true is that the last block does least. So on this model **depth decides how linear a sparse atom is, but not
+# whether it makes structure or detail**.
 #
 # ## Where it stops being true
 #

@@ -208,7 +208,7 @@ for variant, file in files.items():
     psnr = -10 * torch.log10(((generate() - pixels) / 2).square().mean()).item()
     additive, linear, tenth = [], [], []
     for layer, score in importance(model).items():
-        best = score.topk(4 if lesson.quick else 16).indices.tolist()
+        best = score.topk(2 if lesson.quick else 16).indices.tolist()
         additive.append(influence.additivity_error(model, predict, {layer: best}).mean())  # over timesteps
         for size, found in ((1.0, linear), (0.1, tenth)):
             errors = [influence.linearity_error(model, predict, {layer: [m]}, size) for m in best[:4]]

@@ -113,7 +113,7 @@ sampling = {"latents": pipe.noise(range(25)), "steps": 4 if lesson.quick else 10
 # %%
 drawn = {"not trained": pipe.generate(robot.prompts, **sampling)}
 for name, given in runs.items():
-    config = TrainConfig.of(pipe, epochs=2 if lesson.quick else 20, **given)
+    config = TrainConfig.of(pipe, epochs=2 if lesson.quick else 10, **given)
     train(pipe, data, config)
     drawn[name] = pipe.generate(robot.prompts, **sampling)
     detach(pipe.transformer)
@@ -173,8 +173,8 @@ lesson.check("ρ 0.2 − ρ 0.02: diversity", denser[2] - sparse[2], (-9, 0), qu
 # from the cats that it knows. `dit.evaluate` does what we did above for each combination:
 #
 #     mkdir -p runs/three && cp -r lessons/data/subjects/{prompts_and_classes.txt,robot,cat,snail} runs/three
-#     torchrun --nproc-per-node 2 -m dit.evaluate --subjects runs/three --tune-on snail --lrs 0.003 0.01 0.03 \
-#       --densities 0.01 0.02 0.2 --atoms 256 16 1024 --seeds 0 1 --epochs 20 --pictures 1 --steps 10 --out runs/study
+#     torchrun --nproc-per-node 2 -m dit.evaluate --subjects runs/three --tune-on snail --lrs 0.001 0.003 0.01 \
+#       --densities 0.01 0.02 0.2 --atoms 256 16 1024 --seeds 0 1 --epochs 10 --pictures 1 --steps 10 --out runs/study
 #
 # For each method it tries the learning rates on the snail, and takes the one with the highest alignment + fidelity. The
 # snail then does not count. **DoRA** and **OFT** are two relatives of LoRA: DoRA learns length and direction of the

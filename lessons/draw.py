@@ -372,9 +372,9 @@ def trade(ours, paper):
         low, high = (pick(y for _, y in points.values()) for pick in (min, max))
         heights = apart([y for _, y in points.values()], 0.06 * (high - low))
         for (name, (x, y)), height in zip(points.items(), heights):
-            color = BLUE if name.startswith("sparse") else GREY if name == "base" else ORANGE
+            color = BLUE if "ρ" in name else GREY if name == "not trained" else ORANGE
             ax.plot(x, y, "o", color=color)
-            label(ax, x, height, name.removeprefix("sparse, "), color)
+            label(ax, x, height, name, color)
         left, right = ax.get_xlim()
         ax.set(xlabel="fidelity", title=f"{title} (blue: sparse)", xlim=(left, right + 0.4 * (right - left)))
     axes[0].set_ylabel("diversity")
@@ -382,8 +382,8 @@ def trade(ours, paper):
 
 
 def sweeps(curves):
-    """{what is varied: (its values (n,), alignment, diversity and fidelity (n, 3))}: a row for each"""
-    titles = "alignment (the paper: falls)", "diversity (the paper: falls)", "fidelity (the paper: rises)"
+    """{what is varied: (its values (n,), alignment, fidelity and diversity (n, 3))}: a row for each"""
+    titles = "alignment (the paper: falls)", "fidelity (the paper: rises)", "diversity (the paper: falls)"
     figure, rows = panels(2, 3, width=9.6, height=5)
     for axes, (varied, (values, scores)) in zip(rows, curves.items()):
         for ax, title, score in zip(axes, titles, zip(*scores)):

@@ -21,7 +21,10 @@ class AdaptedLinear(nn.Module):
         self.base, self.adapter = base, adapter
 
     def forward(self, x):
-        return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+        if self.adapter.scale == 1:
+            return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+        y = self.base(x)  # (..., C_i) -> (..., C_o)
+        return y if self.adapter.scale == 0 else y + self.adapter.scale * (self.adapter(x, self.base) - y)
 
 
 class LoRA(Adapter):

@@ -342,5 +342,5 @@ def test_scale_multiplies_what_an_adapter_adds(method, options):
 
 
 def test_lora_on_one_weight_for_q_k_and_v_is_refused():
-    with pytest.raises(UserError, match="attention keeps q, k and v in one weight; lora needs Linears, 'sparse' does not"):
+    with pytest.raises(UserError, match="attention keeps q, k and v in one weight; lora needs Linears"):
         attach(multihead(), "lora", target="attention")

@@ -19,6 +19,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base, adapter):
         super().__init__()
         self.base, self.adapter = base, adapter
+        self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x):
         if self.adapter.scale == 1:

@@ -1,6 +1,6 @@
 """How fast is this beside diffusers and peft? Both take turns in one run, so that a busy machine slows both.
 
-    python tests/benchmarks/against_diffusers.py          (a few minutes on two idle CPU cores, 8 GB of memory)
+    python tests/benchmarks/against_diffusers.py          (a few minutes on two idle CPU cores, 10 GB of memory)
 
 Prints: 16 pictures of the tiny model; a guided forward of the real size, and what share of a matrix product's own speed
 it reaches; a training step of LoRA; the price of the sparse adapter on one attention; the memory that loading T5 takes.

@@ -47,7 +47,7 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     figures = Path(figures)
     figures.mkdir(parents=True, exist_ok=True)
     pipe = Pipeline.from_folder(weights, device="cpu")
-    judge, _ = load_judge(Path(weights) / "judge")
+    judge = load_judge(Path(weights) / "judge")
     robot = SubjectPicture(SUBJECTS, "robot", 1, pipe.resolution)
     backgrounds = ("green",) if quick else ("green", "yellow", "blue")
     scenes = [(robot.caption, robot.background, robot.place)]

@@ -29,7 +29,7 @@ from dit.pictures import draw_table
 from dit.pipeline import Pipeline
 from dit.report import compare, picture_rows, plot_methods, plot_sweep, read_results, summarise, to_markdown
 from dit.study import Job, Setting, Study, StudyConfig
-from dit.tiny.scenes import WORLDS, caption, draw, sample_scene
+from dit.tiny.scenes import caption, draw, sample_scene
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FIGURES = Path(__file__).parent / "figures"
@@ -50,10 +50,10 @@ def main(quick=False, figures=FIGURES, weights=WEIGHTS):
     # %% 1. CLIP puts a picture and its caption at the same place: each of 100 fresh scenes finds its own among 100
     rng, scenes = np.random.default_rng(8), []
     while len(scenes) < 100:
-        scene = sample_scene(WORLDS["small"], rng)
+        scene = sample_scene(rng)
         if scene not in scenes:
             scenes.append(scene)
-    pictures = [draw(scene, rng) for scene in scenes]
+    pictures = [draw(scene) for scene in scenes]
     captions = [caption(scene, rng, say_place=True) for scene in scenes]
     vectors = clip.images(pictures)  # (100, C)
     cosines = vectors @ clip.texts(captions).T  # (100, 100)

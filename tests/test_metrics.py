@@ -16,7 +16,7 @@ from vendi_score import vendi
 from dit import metrics
 from dit.cli import TINY
 from dit.metrics import CLIP, DINOv2, ImageReward, alignment, fidelity, vendi_score
-from dit.tiny.scenes import WORLDS, caption, draw, sample_scene
+from dit.tiny.scenes import caption, draw, sample_scene
 from sparsecode.common import UserError
 
 TEXTS = ["a red star", "owl", "", "a red star on the left of a blue robot", "star " * 40]
@@ -274,9 +274,9 @@ def test_the_shipped_clip_finds_captions_and_pictures():
     assert sum(file.stat().st_size for file in (TINY / "clip").rglob("*") if file.is_file()) <= 5_000_000
     rng, scenes = np.random.default_rng(20260704), set()
     while len(scenes) < 100:
-        scenes.add(sample_scene(WORLDS["small"], rng))
+        scenes.add(sample_scene(rng))
     scenes, clip = sorted(scenes, key=repr), CLIP(TINY / "clip")
-    pictures = clip.images([draw(scene, rng) for scene in scenes])  # (100, C)
+    pictures = clip.images([draw(scene) for scene in scenes])  # (100, C)
     texts = clip.texts([caption(scene, rng, say_place=True) for scene in scenes])  # (100, C)
     cosines, own = pictures @ texts.T, torch.arange(100)  # (100, 100), (100,)
     assert (cosines.argmax(1) == own).sum() >= 95

@@ -6,8 +6,17 @@ import pytest
 from PIL import Image
 
 from dit.tiny import subjects
-from dit.tiny.scenes import BACKGROUNDS, WORLDS
-from dit.tiny.subjects import PICTURES, SUBJECTS, draw_parts, sample_creature, subject_caption, write_subjects
+from dit.tiny.scenes import BACKGROUNDS, SIZES, THINGS
+from dit.tiny.subjects import (
+    PICTURES,
+    PROMPT_BACKGROUNDS,
+    PROMPT_PLACES,
+    SUBJECTS,
+    draw_parts,
+    sample_creature,
+    subject_caption,
+    write_subjects,
+)
 
 SHIPPED = Path(__file__).parent.parent / "lessons/data/subjects"
 EVERY = [(name, i) for name in PICTURES for i in range(5)]
@@ -53,8 +62,8 @@ def test_the_shipped_prompts(tmp_path, monkeypatch):
     lines = text.decode().splitlines()
     assert all(f"{name},{name}" in lines for name in PICTURES)
     prompts = {line.split("'")[1].format("", "robot").replace("  ", " ") for line in lines if ".format(" in line}
-    places, backgrounds = WORLDS["small"].places, ("red", "green", "blue", "yellow", "purple")
-    assert prompts == {subject_caption("robot", colour, place) for colour in backgrounds for place in places}
+    wanted = {subject_caption("robot", b, "large", p) for b in PROMPT_BACKGROUNDS for p in PROMPT_PLACES}
+    assert prompts == wanted and len(wanted) == 25
 
 
 @pytest.mark.parametrize("name, i", EVERY)
@@ -64,8 +73,8 @@ def test_caption_fits_the_picture(name, i):
     assert tuple(picture[0, 0]) == rgb
     rows, columns = np.nonzero((picture != rgb).any(-1))
     middle = np.array([columns.min() + columns.max(), rows.min() + rows.max()]) / 2 / picture.shape[0]
-    assert tuple(np.sign(np.round((middle - 0.5) / 0.15))) == place_of(text)
-    assert name in text.split()
+    assert tuple(np.sign(np.round((middle - 0.5) / 0.1))) == place_of(text)
+    assert name in text.split() and ("small" in text) == (PICTURES[name][i][1] == "small")
 
 
 @pytest.mark.parametrize("name, i", EVERY)
@@ -75,15 +84,13 @@ def test_subject_is_inside_and_of_a_readable_size(name, i):
     assert drawn[1:-1, 1:-1].sum() == drawn.sum()
     rows, columns = np.nonzero(drawn)
     height, width = ((np.ptp(x) + 1) / 256 for x in (rows, columns))
-    radius = PICTURES[name][i][2]
-    assert 0.20 <= radius <= 0.36
-    assert abs(height - 2 * radius) < 0.04
-    assert width < 2 * radius + 0.02
+    side = SIZES[PICTURES[name][i][1]] / 64
+    assert 0.85 * side < height <= side and width <= side
 
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures_of_a_subject_differ_in_background_place_and_size(name):
-    assert [len(set(column)) for column in zip(*PICTURES[name])] == [5, 5, 5]
+    assert [len(set(column)) for column in zip(*PICTURES[name])] == [5, 2, 5]
 
 
 def test_no_two_pictures_are_alike_at_the_size_of_the_model():
@@ -96,14 +103,14 @@ def test_no_two_pictures_are_alike_at_the_size_of_the_model():
     assert psnr[nearest] < 18, f"{nearest}: {psnr[nearest]:.1f} dB"
 
 
-def test_subjects_are_not_objects_of_the_scenes():
+def test_the_class_of_two_subjects_is_known_to_the_model():
     assert set(PICTURES) == set(SUBJECTS)
-    assert not set(SUBJECTS) & {kind for world in WORLDS.values() for kind in world.kinds}
+    assert set(SUBJECTS) & set(THINGS) == {"cat", "rocket"}
 
 
 def test_captions_by_hand():
-    assert subject_caption("robot", "blue", "top left") == "a robot at the top left on a blue background"
-    assert subject_caption("owl", "orange", "centre") == "an owl in the middle on an orange background"
+    assert subject_caption("robot", "blue", "large", "top left") == "a robot at the top left on a blue background"
+    assert subject_caption("owl", "orange", "small", "centre") == "a small owl in the middle on an orange background"
 
 
 def test_creatures():
@@ -111,12 +118,12 @@ def test_creatures():
     drawn = []
     for seed in range(40):
         parts, again = (sample_creature(np.random.default_rng(seed)) for _ in range(2))
-        first, second = (draw_parts(p, "white", "centre", 0.3, 64).tobytes() for p in (parts, again))
+        first, second = (draw_parts(p, "white", "large", "centre", 64).tobytes() for p in (parts, again))
         assert first == second
         drawn.append(first)
         points = np.concatenate([polygon for polygons, _ in parts for polygon in polygons])
-        assert np.abs(points).max() < 1.2
+        assert np.abs(points).max() < 1.3
         assert np.ptp(np.concatenate(parts[0][0]), axis=0).min() > 1  # the body is large
         rgbs = [rgb for _, rgb in parts]
-        assert len(set(rgbs)) == 5 and all(type(c) is int and 0 <= c <= 255 for rgb in rgbs for c in rgb)
+        assert all(type(c) is int and 0 <= c <= 255 for rgb in rgbs for c in rgb)
     assert len(set(drawn)) == 40

@@ -3,14 +3,13 @@
 import itertools
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dit.data import load_images
 from dit.pictures import square, to_tensor
 from dit.tiny.judge import CLASSES
-from dit.tiny.scenes import BACKGROUNDS, PLACES, WORLDS
-from dit.tiny.subjects import PICTURES, draw_subject, subject_caption
+from dit.tiny.scenes import BACKGROUNDS, OFFSET, PLACES
+from dit.tiny.subjects import PICTURES, PROMPT_PLACES, draw_subject, subject_caption
 
 
 class SubjectPicture:
@@ -18,8 +17,8 @@ class SubjectPicture:
 
     def __init__(self, folder, name, number, side):
         self.name, self.file = name, Path(folder) / name / f"{number:02}.png"
-        self.background, self.place, self.radius = PICTURES[name][number - 1]
-        self.caption = subject_caption(name, self.background, self.place)
+        self.background, self.size, self.place = PICTURES[name][number - 1]
+        self.caption = subject_caption(name, self.background, self.size, self.place)
         self.picture = load_images([self.file], side)[0]  # (3, side, side)
         # What is the same on two backgrounds is subject alone.
         white, black = (self.draw(background, self.place) for background in ("white", "black"))  # (3, side, side) each
@@ -27,14 +26,14 @@ class SubjectPicture:
 
     def draw(self, background, place):
         """What a perfect edit would show, (3, side, side)."""
-        drawn = draw_subject(self.name, background, place, self.radius)
+        drawn = draw_subject(self.name, background, self.size, place)
         return to_tensor([square(drawn, self.picture.shape[1])])[0]
 
     def edits(self):
-        """Every other background, and every other place of the small world: list of (prompt, background, place)."""
+        """Every other background, and every other of five places: list of (prompt, background, place)."""
         scenes = [(other, self.place) for other in BACKGROUNDS if other != self.background]
-        scenes += [(self.background, other) for other in WORLDS["small"].places if other != self.place]
-        return [(subject_caption(self.name, *scene), *scene) for scene in scenes]
+        scenes += [(self.background, other) for other in PROMPT_PLACES if other != self.place]
+        return [(subject_caption(self.name, scene[0], self.size, scene[1]), *scene) for scene in scenes]
 
     def kept(self, images, place, reach=3):
         """How much of the subject is left at a place: the correlation of its pixels with those there, 1 for all of it.
@@ -50,10 +49,10 @@ class SubjectPicture:
         return torch.stack(scores).amax(0)  # (shifts, B) -> (B,)
 
     def displacement(self, place):
-        """How far away a place is, in pixels (down, right). The subject stays inside the picture."""
-        ends = [np.clip(PLACES[end], self.radius + 0.02, 0.98 - self.radius) for end in (self.place, place)]
-        right, down = np.round((ends[1] - ends[0]) * self.picture.shape[1]).astype(int).tolist()
-        return down, right
+        """How far away a place is, in pixels (down, right)."""
+        step = OFFSET[self.size] * self.picture.shape[1] // 64
+        (x, y), (new_x, new_y) = PLACES[self.place], PLACES[place]
+        return step * (new_y - y), step * (new_x - x)
 
 
 def standardise(x):

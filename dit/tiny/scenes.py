@@ -1,74 +1,74 @@
-"""The world of the tiny model: captioned 64×64 pictures of simple objects, and pictures to train its autoencoder.
+"""The world of the tiny model: captioned 64×64 pictures of 100 things, and pictures to train its autoencoder.
 
-A scene is one or two objects (kind, colour, size, place) on a background (colour, pattern). Some combinations of
-(kind, colour, background) never occur in training, so that one can ask whether the model composes or remembers.
+A scene is one or two things (name, size, place) on a background (colour, pattern). About an eighth of the combinations
+of thing and background colour, and of the pairs of things, never occur in training, so that one can ask whether the
+model composes or remembers. Another 112 things never occur at all.
 
-    scene = sample_scene(WORLDS["small"], np.random.default_rng(0))
-    caption(scene, rng)  ->  "a red star at the top left of a blue background"
-    draw(scene, rng)     ->  PIL image
+    scene = sample_scene(np.random.default_rng(0))
+    caption(scene, rng)  ->  "a fox at the top left on a striped blue background"
+    draw(scene)          ->  PIL image
+
+The pictures of the things are Microsoft's Fluent emoji (flat, MIT licence, see NOTICE) at 96 pixels in sprites.png.
 """
 
-import math
 import zlib
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-SUPERSAMPLE = 4
+SHEET, CELL = Path(__file__).with_name("sprites.png"), 96  # pixels; the things in the order of THINGS + UNSEEN
 
-# Object colours, and the softer shade that the same word means as a background.
-COLOURS = {
-    "red": (214, 40, 40), "green": (34, 150, 70), "blue": (38, 84, 196), "yellow": (250, 204, 40),
-    "orange": (243, 124, 26), "purple": (132, 58, 176), "white": (248, 248, 248), "black": (28, 28, 32),
-}  # fmt: skip
+THINGS = tuple("""
+airplane alien apple avocado backpack balloon banana basketball bear bee blossom butterfly cactus cake camera candle
+car carrot castle cat cheese cherries chick clock cloud clown cow crab crown dog dolphin doughnut duck egg eggplant
+elephant envelope fire fish flamingo fox fries frog gem ghost gift grapes guitar hamburger hat heart house jeans key
+ladybug leaf lemon lion moon mountain mushroom octopus palm panda peach pear pencil penguin pig pineapple pizza
+planet pumpkin rabbit rainbow rocket rose sailboat shark shirt skull snowflake snowman star strawberry sun sunflower
+sunglasses taco teapot tiger tree trophy tulip turtle umbrella volcano watermelon whale window
+""".split())  # fmt: skip
+# Never trained on: new subjects to teach.
+UNSEEN = tuple("""
+accordion ambulance anchor axe baseball bathtub battery bed beetle bell bicycle books boot box bread briefcase
+broccoli bucket bus calendar camel chair chicken church clover coconut cookie corn couch crocodile croissant
+cucumber cup cupcake dice door dragon dress factory garlic giraffe glasses gloves goat gorilla hammer hedgehog
+helicopter honey horse hotdog hourglass jellyfish kite kiwi koala ladder laptop lipstick llama lobster lock lollipop
+magnet mango monkey motorcycle mouse newspaper owl palette pancakes parrot peacock pepper phone piano popcorn
+pretzel ring sandwich scarf scissors scooter seal shield ship shorts shrimp skateboard skunk snail snake spider
+squid suitcase swan telephone television tent tie tomato toothbrush tractor train trumpet unicorn watch wolf wrench
+yarn zebra
+""".split())  # fmt: skip
+PLURALS = set("books cherries fries glasses gloves grapes jeans pancakes scissors shorts sunglasses".split())
+
 BACKGROUNDS = {
     "red": (233, 134, 134), "green": (138, 202, 152), "blue": (142, 176, 234), "yellow": (252, 234, 158),
     "orange": (250, 190, 136), "purple": (194, 156, 220), "white": (228, 230, 233), "black": (72, 74, 82),
 }  # fmt: skip
-
-# Centre of each place, in units of the picture; x to the right, y down.
+PATTERNS = ("plain", "striped", "checked")
+# Side of a thing in pixels of 64, and how far from the middle of the picture its centre is on each axis. Whole latents
+# of 4 pixels: a thing looks the same to the autoencoder wherever it stands.
+SIZES = {"large": 40, "small": 24}
+OFFSET = {"large": 12, "small": 16}
 PLACES = {
-    "centre": (0.5, 0.5), "top left": (0.28, 0.28), "top right": (0.72, 0.28), "bottom left": (0.28, 0.72),
-    "bottom right": (0.72, 0.72), "top": (0.5, 0.26), "bottom": (0.5, 0.74), "left": (0.26, 0.5), "right": (0.74, 0.5),
-}  # fmt: skip
-RADIUS = {"large": 0.225, "small": 0.14}  # of an object, in units of the picture
-
-
-@dataclass(frozen=True)
-class World:
-    """What may be drawn. Every combination occurs but object and background never share a colour."""
-
-    kinds: tuple[str, ...]
-    places: tuple[str, ...]
-    sizes: tuple[str, ...] = ("large",)
-    patterns: tuple[str, ...] = ("plain",)
-    colours: tuple[str, ...] = tuple(COLOURS)
-    two_objects: float = 0.0  # share of scenes with a second object
-
-
-WORLDS = {
-    "small": World(
-        kinds=("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon"),
-        places=("centre", "top left", "top right", "bottom left", "bottom right"),
-    ),
-    "full": World(
-        kinds=("circle", "square", "triangle", "star", "heart", "ring", "cross", "moon",
-               "diamond", "arrow", "flower", "house"),
-        places=tuple(PLACES),
-        sizes=("large", "small"),
-        patterns=("plain", "striped", "checked"),
-        two_objects=0.3,
-    ),
+    "centre": (0, 0), "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
+    "top": (0, -1), "bottom": (0, 1), "left": (-1, 0), "right": (1, 0),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Thing:
-    kind: str
-    colour: str
+    name: str
     size: str
     place: str
+
+    @property
+    def box(self):
+        """Left, top, right, bottom in pixels of a picture of 64."""
+        side, (x, y) = SIZES[self.size], PLACES[self.place]
+        left, top = (32 + OFFSET[self.size] * way - side // 2 for way in (x, y))
+        return left, top, left + side, top + side
 
 
 @dataclass(frozen=True)
@@ -78,34 +78,39 @@ class Scene:
     pattern: str = "plain"
 
 
-def is_withheld(kind, colour, background):
-    """True for the (about 12 % of) combinations that are never drawn for training; the same on every machine."""
-    return zlib.crc32(f"{kind} {colour} {background}".encode()) % 8 == 0
+def is_withheld(*words):
+    """True for the (about 12 % of) combinations of words that are never drawn for training; the same everywhere."""
+    return zlib.crc32(" ".join(words).encode()) % 8 == 0
 
 
-def sample_scene(world, rng, withheld=False):
-    """A random scene in which every object's (kind, colour, background) is withheld from training, or none is."""
-    n_things = 2 if rng.random() < world.two_objects else 1
-    background, pattern = rng.choice(world.colours), rng.choice(world.patterns)
+def withheld_parts(scene):
+    """For each combination in a scene, whether it is withheld: (thing, background) of each thing, and the pair."""
+    names = sorted(thing.name for thing in scene.things)
+    return [is_withheld(name, scene.background) for name in names] + [is_withheld(*names)] * (len(names) > 1)
+
+
+def sample_scene(rng, withheld=False, two_things=0.3):
+    """A random scene with only (or with no) combinations that are withheld from training; some have two things."""
+    n = 2 if rng.random() < two_things else 1
     while True:
-        places = rng.choice(world.places, size=n_things, replace=False)
-        kinds, sizes = rng.choice(world.kinds, size=n_things), rng.choice(world.sizes, size=n_things)
-        colours = rng.choice([c for c in world.colours if c != background], size=n_things, replace=False)
-        things = tuple(Thing(*map(str, t)) for t in zip(kinds, colours, sizes, places))
-        if all(is_withheld(t.kind, t.colour, background) == withheld for t in things) and not _overlap(things):
-            return Scene(things, str(background), str(pattern))
+        names = rng.choice(THINGS, size=n, replace=False)
+        sizes, places = rng.choice(list(SIZES), size=n), rng.choice(list(PLACES), size=n)
+        things = tuple(Thing(*map(str, t)) for t in zip(names, sizes, places))
+        scene = Scene(things, str(rng.choice(list(BACKGROUNDS))), str(rng.choice(PATTERNS, p=(0.5, 0.25, 0.25))))
+        if all(part == withheld for part in withheld_parts(scene)) and not _overlap(things):
+            return scene
 
 
 def _overlap(things):
+    """Whether two things cover each other by more than the empty rim of 4 pixels that pictures have."""
     if len(things) < 2:
         return False
-    (a, b), distance = things, math.dist(PLACES[things[0].place], PLACES[things[1].place])
-    return distance < RADIUS[a.size] + RADIUS[b.size]
+    a, b = (thing.box for thing in things)
+    return all(min(a[i + 2], b[i + 2]) - max(a[i], b[i]) > 4 for i in (0, 1))
 
 
 # ---- captions ---------------------------------------------------------------------------------------------------
 
-ARTICLE = {"orange": "an"}
 SENTENCES = (
     "{things} on {background}",
     "{background} with {things}",
@@ -115,39 +120,55 @@ SENTENCES = (
 
 
 def caption(scene, rng, say_place=None):
-    """One of many wordings of the scene. One in six leaves the place of a single object unsaid, unless told."""
+    """One of many wordings of the scene. Unless told, one in six leaves the places unsaid, and "small" or "large" may
+    be left out where there are two things; a single thing without a size is large."""
     if say_place is None:
-        say_place = len(scene.things) > 1 or rng.random() < 5 / 6
-    things = " and ".join(_noun(t, say_place, rng) for t in scene.things)
-    pattern = "" if scene.pattern == "plain" else scene.pattern + " "
-    word = pattern + scene.background
-    background = f"{ARTICLE.get(word, 'a')} {word} background"
-    return str(rng.choice(SENTENCES)).format(things=things, background=background)
+        say_place = rng.random() < 5 / 6
+    say_size = len(scene.things) == 1 or rng.random() < 0.5
+    things = " and ".join(_noun(t, say_place, say_size, rng) for t in scene.things)
+    word = scene.background if scene.pattern == "plain" else f"{scene.pattern} {scene.background}"
+    return str(rng.choice(SENTENCES)).format(things=things, background=f"{article(word)} {word} background")
 
 
-def _noun(thing, say_place, rng):
-    words = f"{thing.colour} {thing.kind}"
-    words = words if thing.size == "large" else f"{thing.size} {words}"
-    noun = f"{ARTICLE.get(words.split()[0], 'a')} {words}"
-    if not say_place:
-        return noun
-    place = "in the middle" if thing.place == "centre" else f"{rng.choice(['at', 'in'])} the {thing.place}"
-    return f"{noun} {place}"
+def _noun(thing, say_place, say_size, rng):
+    said = say_size and (thing.size == "small" or rng.random() < 0.2)
+    words = f"{thing.size} {thing.name}" if said else thing.name
+    noun = words if thing.name in PLURALS else f"{article(words)} {words}"
+    return f"{noun} {where(thing.place, rng.choice(['at', 'in']))}" if say_place else noun
+
+
+def where(place, preposition="at"):
+    return "in the middle" if place == "centre" else f"{preposition} the {place}"
+
+
+def article(words):
+    return "an" if words[0] in "aeiou" and not words.startswith("un") else "a"
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------
 
 
-def draw(scene, rng=None, size=64):
-    """The scene as a PIL image, size × size. With `rng`, objects are shifted, turned and scaled a little."""
-    canvas = draw_background(scene.background, scene.pattern, size * SUPERSAMPLE)
+@cache
+def sprite(name, side):
+    """A thing as an RGBA picture of side × side pixels."""
+    number = (THINGS + UNSEEN).index(name)
+    y, x = (CELL * n for n in divmod(number, _sheet().width // CELL))
+    cut = _sheet().crop((x, y, x + CELL, y + CELL)).convert("RGBa")  # premultiplied, or edges get fringes
+    return cut.resize((side, side), Image.Resampling.BOX).convert("RGBA")
+
+
+@cache
+def _sheet():
+    return Image.open(SHEET).convert("RGBA")
+
+
+def draw(scene, size=64):
+    """The scene as a PIL image, size × size (64, or a multiple of it)."""
+    canvas, zoom = draw_background(scene.background, scene.pattern, size), size // 64
     for thing in scene.things:
-        shift, turn, scale = (0, 0), 0.0, 1.0
-        if rng is not None:
-            shift, turn, scale = rng.uniform(-0.025, 0.025, 2), rng.uniform(-0.12, 0.12), rng.uniform(0.94, 1.06)
-        centre = np.add(PLACES[thing.place], shift)
-        paint(canvas, outline(thing.kind), COLOURS[thing.colour], centre, RADIUS[thing.size] * scale, turn)
-    return canvas.reduce(SUPERSAMPLE)
+        picture = sprite(thing.name, SIZES[thing.size] * zoom)
+        canvas.paste(picture, (thing.box[0] * zoom, thing.box[1] * zoom), picture)
+    return canvas
 
 
 def draw_background(colour, pattern, size):
@@ -160,60 +181,6 @@ def draw_background(colour, pattern, size):
                 x, y = column * cell, row * cell
                 pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill=darker)
     return canvas
-
-
-def paint(canvas, polygons, rgb, centre, radius, turn=0.0):
-    """Fill the first polygon, cut out the others, and draw the rim in a darker shade. Polygons live in [-1, 1]²."""
-    side = canvas.size[0]
-    cos, sin = math.cos(turn), math.sin(turn)
-    turned = [np.asarray(p) @ [[cos, sin], [-sin, cos]] * radius * side + np.multiply(centre, side) for p in polygons]
-    mask = Image.new("L", canvas.size)
-    for i, polygon in enumerate(turned):
-        ImageDraw.Draw(mask).polygon([tuple(p) for p in polygon], fill=0 if i else 255)
-    canvas.paste(rgb, mask=mask)
-    rim = tuple(int(c * 0.7) for c in rgb)
-    for polygon in turned:
-        closed = [tuple(p) for p in (*polygon, *polygon[:2])]
-        ImageDraw.Draw(canvas).line(closed, fill=rim, width=max(1, side // 64), joint="curve")
-
-
-def outline(kind):
-    """Polygons of a kind of object, about inside the unit circle; the second and later ones are holes."""
-    angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
-    circle = np.stack([np.sin(angles), -np.cos(angles)], 1)
-    if kind == "circle":
-        return [circle * 0.95]
-    if kind == "ring":
-        return [circle, circle * 0.5]
-    if kind == "square":
-        return [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.85]
-    if kind == "diamond":
-        return [[(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)]]
-    if kind == "triangle":
-        return [[(0, -1.0), (1.05, 0.85), (-1.05, 0.85)]]
-    if kind == "star":
-        corners = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
-        return [[(x * r, y * r) for (x, y), r in zip(corners, [1.12, 0.46] * 5)]]
-    if kind == "heart":
-        x = 16 * np.sin(angles) ** 3
-        y = 13 * np.cos(angles) - 5 * np.cos(2 * angles) - 2 * np.cos(3 * angles) - np.cos(4 * angles)
-        return [np.stack([x, -y - 2], 1) / 16]
-    if kind == "cross":
-        a, b = 1.0, 0.36
-        return [[(-b, -a), (b, -a), (b, -b), (a, -b), (a, b), (b, b),
-                 (b, a), (-b, a), (-b, b), (-a, b), (-a, -b), (-b, -b)]]  # fmt: skip
-    if kind == "moon":
-        outer = [(math.cos(t), math.sin(t)) for t in np.linspace(0.28 * np.pi, 1.72 * np.pi, 32)]
-        inner = [(0.42 + 0.8 * math.cos(t), 0.93 * math.sin(t)) for t in np.linspace(1.66 * np.pi, 0.34 * np.pi, 32)]
-        return [np.add(outer + inner, (0.15, 0))]
-    if kind == "arrow":
-        return [[(1.1, 0), (0.15, -0.95), (0.15, -0.38), (-1.05, -0.38), (-1.05, 0.38), (0.15, 0.38), (0.15, 0.95)]]
-    if kind == "flower":
-        return [circle * (0.75 + 0.3 * np.cos(5 * angles))[:, None], circle * 0.25]
-    if kind == "house":
-        return [[(0, -1.1), (1.05, -0.2), (0.8, -0.2), (0.8, 0.95), (-0.8, 0.95), (-0.8, -0.2), (-1.05, -0.2)],
-                [(-0.25, 0.95), (-0.25, 0.3), (0.25, 0.3), (0.25, 0.95)]]  # fmt: skip
-    raise ValueError(f"unknown kind {kind!r}")
 
 
 def natural_image(rng, size=64):

@@ -1,10 +1,11 @@
 """Five characters that the tiny model has never seen, to fine-tune it on: robot, owl, cat, rocket and snail.
 
-A character is a list of parts, painted from back to front. A part is (polygons, rgb) in [-1, 1]², as `paint`
-of dit.tiny.scenes takes them. Each character has five pictures that differ in background, place and size.
+Of cat and rocket it knows the class: it draws others by that name. Robot, owl and snail are new words to it.
+A character is a list of parts, painted from back to front. A part is (polygons, rgb) in [-1, 1]², the first polygon
+filled, the others cut out. Each character has five pictures that differ in background, place and size.
 
-    draw_subject("owl", "blue", "top left", 0.25)       ->  PIL image, 256 × 256
-    subject_caption("owl", "blue", "top left")          ->  "an owl at the top left on a blue background"
+    draw_subject("owl", "blue", "large", "top left")     ->  PIL image, 256 × 256
+    subject_caption("owl", "blue", "large", "top left")  ->  "an owl at the top left on a blue background"
     python -m dit.tiny.subjects --out lessons/data/subjects  ->  robot/01.png, robot/01.txt, … snail/05.txt
 """
 
@@ -12,13 +13,15 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from dit.tiny.scenes import COLOURS, PLACES, SENTENCES, SUPERSAMPLE, WORLDS, draw_background, outline, paint
+from dit.tiny.scenes import OFFSET, PLACES, SENTENCES, SIZES, article, draw_background, where
 from sparsecode.common import replacing
 
 # ---- polygons -----------------------------------------------------------------------------------------
 
-CIRCLE = outline("ring")[0]  # of radius 1
+ANGLES = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+CIRCLE = np.stack([np.sin(ANGLES), -np.cos(ANGLES)], 1)  # of radius 1
 
 
 def oval(x, y, rx, ry=None):
@@ -30,8 +33,10 @@ def box(x, y, rx, ry):
     return np.sign(CIRCLE) * np.abs(CIRCLE) ** 0.35 * (rx, ry) + (x, y)
 
 
-def shape(kind, x, y, r):
-    return outline(kind)[0] * np.array(r) + (x, y)
+def heart(x, y, r):
+    across = 16 * np.sin(ANGLES) ** 3
+    up = 13 * np.cos(ANGLES) - 5 * np.cos(2 * ANGLES) - 2 * np.cos(3 * ANGLES) - np.cos(4 * ANGLES)
+    return np.stack([across, -up - 2], 1) / 16 * r + (x, y)
 
 
 def arc(x, y, r, start, end, grow=0.0):
@@ -81,7 +86,7 @@ SUBJECTS = {
         *pair([box(0.27, 0.85, 0.21, 0.14)], ORANGE),
         *pair([box(0.78, -0.28, 0.18, 0.2)], ORANGE),
         ([box(0, 0.44, 0.52, 0.38)], TEAL),
-        ([shape("heart", 0, 0.47, 0.22)], RED),
+        ([heart(0, 0.47, 0.22)], RED),
         ([box(0, -0.28, 0.76, 0.44)], TEAL),
         ([box(0, -0.28, 0.6, 0.31)], NAVY),
         *pair([oval(0.3, -0.34, 0.17)], YELLOW),
@@ -137,85 +142,91 @@ SUBJECTS = {
     ],
 }
 
-# The five pictures of each: background, place, radius. The first is a large portrait in the middle.
+# The five pictures of each: background, size, place. The first is a large portrait in the middle.
 PICTURES = {
     "robot": [
-        ("orange", "centre", 0.34),
-        ("blue", "top left", 0.26),
-        ("purple", "bottom right", 0.22),
-        ("white", "top right", 0.24),
-        ("red", "bottom left", 0.30),
+        ("orange", "large", "centre"),
+        ("blue", "large", "top left"),
+        ("purple", "large", "bottom right"),
+        ("white", "small", "top right"),
+        ("red", "large", "bottom"),
     ],
     "owl": [
-        ("blue", "centre", 0.35),
-        ("green", "top right", 0.27),
-        ("yellow", "bottom left", 0.22),
-        ("purple", "top left", 0.31),
-        ("white", "bottom right", 0.25),
+        ("blue", "large", "centre"),
+        ("green", "large", "top right"),
+        ("yellow", "large", "left"),
+        ("purple", "small", "top left"),
+        ("white", "large", "bottom right"),
     ],
     "cat": [
-        ("green", "centre", 0.36),
-        ("yellow", "bottom right", 0.30),
-        ("orange", "top left", 0.23),
-        ("blue", "bottom left", 0.27),
-        ("red", "top right", 0.21),
+        ("green", "large", "centre"),
+        ("yellow", "large", "bottom right"),
+        ("orange", "large", "top"),
+        ("blue", "small", "bottom left"),
+        ("red", "large", "top right"),
     ],
     "rocket": [
-        ("black", "centre", 0.33),
-        ("blue", "top right", 0.28),
-        ("green", "bottom left", 0.25),
-        ("yellow", "top left", 0.21),
-        ("orange", "bottom right", 0.31),
+        ("black", "large", "centre"),
+        ("blue", "large", "right"),
+        ("green", "large", "bottom left"),
+        ("yellow", "small", "top left"),
+        ("orange", "large", "top right"),
     ],
     "snail": [
-        ("yellow", "centre", 0.32),
-        ("purple", "bottom left", 0.27),
-        ("blue", "bottom right", 0.23),
-        ("black", "top left", 0.25),
-        ("orange", "top right", 0.30),
+        ("yellow", "large", "centre"),
+        ("purple", "large", "bottom left"),
+        ("blue", "large", "top"),
+        ("black", "small", "bottom right"),
+        ("orange", "large", "top right"),
     ],
 }
 PROMPT_BACKGROUNDS = ("red", "green", "blue", "yellow", "purple")
+PROMPT_PLACES = ("centre", "top left", "top right", "bottom left", "bottom right")
+SUPERSAMPLE = 4
 
 
-def draw_subject(name, background, place, radius, size=256):
-    """The character on a plain background; `radius`, half its height, is in units of the picture.
-
-    Where it would stick out of the picture, it is moved in by as much as it needs.
-    """
-    return draw_parts(SUBJECTS[name], background, place, radius, size)
+def draw_subject(name, background, size, place, side=256):
+    """The character on a plain background, as large and where things of the scenes are; side × side pixels."""
+    return draw_parts(SUBJECTS[name], background, size, place, side)
 
 
-def draw_parts(parts, background, place, radius, size):
-    canvas = draw_background(background, "plain", size * SUPERSAMPLE)
-    room = radius + 0.02  # for the rim
-    centre = np.clip(PLACES[place], room, 1 - room)
+def draw_parts(parts, background, size, place, side):
+    canvas = draw_background(background, "plain", side * SUPERSAMPLE)
+    centre = 0.5 + OFFSET[size] / 64 * np.array(PLACES[place])
     for polygons, rgb in parts:
-        paint(canvas, polygons, rgb, centre, radius)
+        paint(canvas, polygons, rgb, centre, 0.46 * SIZES[size] / 64)
     return canvas.reduce(SUPERSAMPLE)
 
 
-def sample_creature(rng, parts=5):
+def paint(canvas, polygons, rgb, centre, radius):
+    """Fill the first polygon, cut out the others, and draw the rim in a darker shade. Polygons live in [-1, 1]²."""
+    side = canvas.size[0]
+    scaled = [np.asarray(p) * radius * side + centre * side for p in polygons]
+    mask = Image.new("L", canvas.size)
+    for i, polygon in enumerate(scaled):
+        ImageDraw.Draw(mask).polygon([tuple(p) for p in polygon], fill=0 if i else 255)
+    canvas.paste(rgb, mask=mask)
+    rim = tuple(int(c * 0.7) for c in rgb)
+    for polygon in scaled:
+        closed = [tuple(p) for p in (*polygon, *polygon[:2])]
+        ImageDraw.Draw(canvas).line(closed, fill=rim, width=max(1, side // 128), joint="curve")
+
+
+def sample_creature(rng, parts=10):
     """Parts of a character that nobody has seen: a large body, and smaller outlines in other colours on it."""
-    kinds = rng.choice(WORLDS["full"].kinds, parts)
-    rgbs = rng.permutation(list(COLOURS.values()))[:parts] * rng.uniform(0.7, 1, (parts, 3))
-    centres, radii = rng.uniform(-0.6, 0.6, (parts, 2)), rng.uniform(0.2, 0.5, parts)
-    centres[0], radii[0] = 0, 0.95
-    outlines = [[np.asarray(polygon) * r + c for polygon in outline(k)] for k, c, r in zip(kinds, centres, radii)]
-    return [(polygons, tuple(rgb.astype(int).tolist())) for polygons, rgb in zip(outlines, rgbs)]
+    shapes = [oval(0, 0, 1), box(0, 0, 1, 1), heart(0, 0, 1), np.array([(0, -1), (1, 0.85), (-1, 0.85)])]
+    creature = []
+    for i in range(parts):
+        centre, radius = (rng.uniform(-0.7, 0.7, 2), rng.uniform(0.08, 0.4, 2)) if i else (0, rng.uniform(0.7, 0.95, 2))
+        rgb = tuple(int(c) for c in rng.choice([30, 90, 160, 220, 250], 3))
+        creature.append(([shapes[rng.integers(len(shapes))] * radius + centre], rgb))
+    return creature
 
 
-def subject_caption(name, background, place):
-    things, background = f"{_article(name)} {name} {_where(place)}", f"{_article(background)} {background} background"
+def subject_caption(name, background, size, place):
+    words = name if size == "large" else f"{size} {name}"
+    things, background = f"{article(words)} {words} {where(place)}", f"{article(background)} {background} background"
     return SENTENCES[0].format(things=things, background=background)
-
-
-def _where(place):
-    return "in the middle" if place == "centre" else f"at the {place}"
-
-
-def _article(word):
-    return "an" if word[0] in "aeiou" else "a"
 
 
 def write_subjects(folder):
@@ -223,19 +234,19 @@ def write_subjects(folder):
 
     These are in DreamBooth's format: five places on each of five backgrounds, {0} a token (unused here), {1} the name.
     """
-    prompts = [f"'a {{0}} {{1}} {_where(place)} on a {background} background'.format(unique_token, class_token)"
-               for place in WORLDS["small"].places for background in PROMPT_BACKGROUNDS]  # fmt: skip
+    prompts = [f"'a {{0}} {{1}} {where(place)} on a {background} background'.format(unique_token, class_token)"
+               for place in PROMPT_PLACES for background in PROMPT_BACKGROUNDS]  # fmt: skip
     classes = [f"{name},{name}" for name in SUBJECTS]
     lines = ["Classes", "", "subject_name,class", *classes, "", "Prompts", "", "Object Prompts", "", "prompt_list = ["]
     with replacing(Path(folder) / "prompts_and_classes.txt") as temporary:
         temporary.write_bytes("\n".join([*lines, ",\n".join(prompts), "]", ""]).encode())
     for name, pictures in PICTURES.items():
-        for i, (background, place, radius) in enumerate(pictures, 1):
+        for i, picture in enumerate(pictures, 1):
             path = Path(folder) / name / f"{i:02}.png"
             with replacing(path) as temporary:
-                draw_subject(name, background, place, radius).save(temporary, optimize=True)
+                draw_subject(name, *picture).save(temporary, optimize=True)
             with replacing(path.with_suffix(".txt")) as temporary:
-                temporary.write_bytes(f"{subject_caption(name, background, place)}\n".encode())
+                temporary.write_bytes(f"{subject_caption(name, *picture)}\n".encode())
 
 
 def main():

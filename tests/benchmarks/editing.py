@@ -19,7 +19,7 @@ from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
 from dit.tiny.editing import SubjectPicture, follows
 from dit.tiny.judge import captions_to_judge, load_judge, right
-from dit.tiny.scenes import BACKGROUNDS, WORLDS
+from dit.tiny.scenes import BACKGROUNDS
 from dit.tiny.subjects import SUBJECTS
 from dit.train import TrainConfig, teach
 from sparsecode.common import replacing
@@ -76,7 +76,7 @@ def rows_of(pipe, judge, subject, number, name, out):
         for label, pictures in draw(pipe, [scene[1] for scene in wanted], noise, name, file, **way):
             for scene in wanted:
                 yield {"adapter": label, **measure(judge, subject, to_tensor(pictures[scene[1]]), scene)}
-    others, captions = captions_to_judge(WORLDS["small"], 8, withheld=False)
+    others, captions = captions_to_judge(8, withheld=False)
     ((_, pictures),) = draw(pipe, captions, noise[:1], name, file)
     hits = right(judge, [pictures[caption][0] for caption in captions], others)["joint"]  # (8,) bool
     share = f"{hits.float().mean():.3f}"
@@ -161,7 +161,7 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pipe = Pipeline.from_folder(args.weights)
-    judge, _ = load_judge(args.weights / "judge")
+    judge = load_judge(args.weights / "judge")
     report(run(pipe, judge, args.out, args.subjects))
     outside(pipe)
 

@@ -131,7 +131,8 @@ for name, given in runs.items():
 
 # %% [markdown]
 # What would a perfect model get? We can know: the robot is made of polygons, so we can draw it exactly as each prompt
-# says. These 25 pictures are the upper limit to compare with.
+# says. These 25 pictures are what to compare with. As a second comparison we draw an owl in the robot's place: right
+# scene, wrong subject.
 #
 # **Predict:** the model that is not trained draws something else for "robot". Will it have a high or low alignment? And
 # a high or low diversity?
@@ -141,7 +142,9 @@ backgrounds = "red", "green", "blue", "yellow", "purple"
 places = "centre", "top left", "top right", "bottom left", "bottom right"
 wanted = [(background, "large", place) for place in places for background in backgrounds]
 assert robot.prompts == [subjects.subject_caption("robot", *each) for each in wanted]
-drawn = {"as it should be": [subjects.draw_subject("robot", *each, side=64) for each in wanted]} | drawn
+perfect = [subjects.draw_subject("robot", *each, side=64) for each in wanted]
+owls = [subjects.draw_subject("owl", *each, side=64) for each in wanted]
+drawn = {"as it should be": perfect, "an owl instead": owls} | drawn
 
 # %%
 texts = clip.texts(robot.prompts)  # (25, C)
@@ -163,15 +166,19 @@ lesson.show(figure, "08_pictures", "A robot at five places, as it should be and 
 # How to read the table:
 #
 # - **Fidelity** has a scale of its own. Even the perfect pictures do not reach 1, because the five pictures of the
-#   robot differ in place and background. Compare with the first row, and with the model that is not trained.
-# - **Diversity** alone says nothing good. A model that has learned nothing is diverse: it draws a different wrong thing
-#   each time. Diversity counts only beside fidelity.
-# - **Alignment** hardly looks at the robot. This CLIP has read names of things like "robot" only as random words, so it
-#   reads the place and the background.
+#   robot differ in place and background. The owl is at the other end.
+# - **Alignment** hardly looks at the subject. The owl gets almost as much as the robot. This CLIP knows words like
+#   "robot" only as names of something unknown, so it reads the place and the background.
+# - **More diversity is not better.** The perfect pictures have *little*: they all show the same robot. A model that has
+#   learned nothing is diverse: it draws a different wrong thing each time. So look at diversity beside fidelity.
 
 # %%
-perfect, fresh = scores["as it should be"], scores["not trained"]
-lesson.check("as it should be: fidelity", perfect[1], (0.3, 1))
+perfect, owl, fresh = (scores[name] for name in ("as it should be", "an owl instead", "not trained"))
+lesson.check("as it should be: fidelity", perfect[1], (0.8, 0.95))
+lesson.check("an owl instead: fidelity", owl[1], (0.1, 0.4))
+lesson.check("an owl instead: alignment / the robot's", owl[0] / perfect[0], (0.7, 1), form=".0%")
+lesson.check("as it should be: diversity", perfect[2], (1.5, 2))
+lesson.check("not trained: diversity", fresh[2], (2, 9))
 for name in ("LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"):
     gain = scores[name][1] - fresh[1]
     lesson.check(f"{name}: fidelity above not trained", gain, (0.05, 0.9), quick=(-0.3, 0.9))
@@ -253,8 +260,8 @@ lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by numb
 #
 # 1. The eigenvalues of $K/n$ are $(1 + c)/2$ and $(1 - c)/2$. For $c = 0$ they are ½ and ½, and the score is 2. For
 #    $c = 1$ they are 1 and 0, and the score is 1.
-# 2. Diversity is exactly 1. Fidelity stays high: one of the five cosines is 1. Alignment falls, because place and
-#    background are wrong nearly everywhere. So fidelity alone would praise a copy.
+# 2. Diversity is exactly 1. Fidelity is 0.87, as high as that of the perfect pictures. Alignment is only 0.04, because
+#    place and background are wrong nearly everywhere. So fidelity alone would praise a copy.
 # 3. One of 16, and 10 of 1024: 6 % and 1 %. The smallest dictionary is the densest.
 #
 # </details>

@@ -24,6 +24,7 @@ from sparsecode import (
     record_usage,
     save_adapter,
     set_density,
+    set_scale,
     top_atoms,
 )
 
@@ -170,8 +171,9 @@ def test_a_prompt_stays_text(tiny, adapter, tmp_path):
 
 
 def test_the_pictures_of_the_sliders(tiny, adapter, pipe, tmp_path):
-    """Each stop is the model with so many atoms, ranked at the trained density, and that density."""
-    more = ["--seed", 7, 8, "--prompt", "a star", "--keep-atoms", 0, 5, "--density", 0.5, "--top", 1]
+    """Each stop is the model with so many atoms, ranked at the trained density, and that density and scale."""
+    more = ["--seed", 7, 8, "--prompt", "a star", "--keep-atoms", 0, 5, "--density", 0.5, "--top", 1, "--scale", 0.5]
+    set_scale(pipe.transformer, 0.5)
     found, _ = call(tiny, adapter, tmp_path / "atoms.html", *more)
     noise, seen = pipe.noise([7, 8]), []
     for (i, count), (j, density) in product(enumerate([0, 5, 16]), enumerate([0.25, 0.5])):

@@ -76,13 +76,14 @@ def edit(pipe, args):
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     picture = load_images([args.image], pipe.resolution)  # (1, 3, H, W)
     (caption,) = find_captions([args.image], args.prompt)
-    settings = configs(pipe, args)
     prompts = list(dict.fromkeys([caption, *args.edit]))
+    pipe.encode_prompt(["", *prompts])  # remembered, so that T5 goes before the transformer comes
+    pipe.free("text_encoder")
+    settings = configs(pipe, args)
     noise = pipe.noise(args.seed)  # (seeds, 4, h, w)
     files = {method: args.out / f"{method}.safetensors" for method in METHODS}
     with locked(args.out):
         remove_leftovers(args.out)
-        pipe.encode_prompt(["", *prompts])  # remembered, so that T5 can go
         for method, file in files.items():
             teach(pipe, [args.image], [caption], file, settings[method])
 

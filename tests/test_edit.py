@@ -64,6 +64,12 @@ def test_the_command(options, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1].startswith("3 rows")
 
 
+def test_t5_is_alone_in_memory(options, tmp_path, loaded):
+    call(options, "--out", tmp_path, "--density", "--keep-atoms")
+    assert loaded.pop(0) == {"text_encoder"} and loaded
+    assert all("text_encoder" not in parts for parts in loaded)
+
+
 def test_an_out_that_holds_something_else(options, tmp_path):
     call(options, "--out", tmp_path, "--density", "--keep-atoms")
     for other in (["--epochs", 2], ["--prompt", "a heart"]):
@@ -149,8 +155,8 @@ def test_draws_what_sample_draws(pipe, tiny, photo, tmp_path):
 
 # Arguments (after good ones, which they override) and words of the line that they must give.
 MISTAKES = {
-    "--image {tmp}/absent.png": "absent.png cannot be read as a picture (FileNotFoundError",
-    "--image {tmp}": "cannot be read as a picture (IsADirectoryError",
+    "--image {tmp}/absent.png": "absent.png cannot be read as a picture (there is no such file)",
+    "--image {tmp}": "cannot be read as a picture (there is no such file)",
     "--image {tmp}/bare.png": "has no caption",
     "--prompt=": "is empty",
     "--density 0.1 2": "density=2.0",

@@ -26,7 +26,7 @@ from sparsecode.common import UserError, replacing
 from sparsecode.influence import scale_atoms
 
 SIDE = 256  # of a picture on the page, in pixels
-COUNTS = (0, 4, 12, 40, 200)  # of atoms to keep; all of them is one more
+COUNTS = (0, 40, 100, 200, 500)  # of atoms to keep; all of them is one more
 FACTORS = (0.25, 0.5, 1, 2)  # of the density that the adapter was trained with
 
 

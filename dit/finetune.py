@@ -122,19 +122,21 @@ def finetune(pipe, files, captions, args):
     """The whole run: encode, free, train, save, draw. The first mistake ends it before anything is written."""
     given = {name: value for name, value in vars(args).items() if name in CONFIGURED}
     config = TrainConfig.of(pipe, **given)
-    config.attach(pipe.transformer)  # refuses what cannot be attached
-    detach(pipe.transformer)
     images = load_images(files, config.resolution)  # (n, 3, H, W)
     settings = fingerprint(pipe, images, captions, config)
     prompts = list(dict.fromkeys(captions))[:SHOWN_CAPTIONS] + args.validation_prompt if args.samples else []
     file = args.out / "checkpoint.pt"
     checkpoint = Checkpoint(file, settings, args.checkpoint_every)  # refuses that of another run
+    pipe.encode_prompt(["", *captions, *prompts])  # remembered, so that T5 goes before the transformer comes
+    pipe.free("text_encoder")
+    config.attach(pipe.transformer)  # refuses what cannot be attached
+    detach(pipe.transformer)
     with locked(args.out) if parallel.rank() == 0 else nullcontext():
         if parallel.rank() == 0:
             check_out(args.out, args.resume)  # another run may have been here meanwhile
             remove_leftovers(args.out)
             print(describe_pictures(args.images, files))
-        losses = fit(pipe, images, captions, config, args.out / "adapter.safetensors", checkpoint, prompts)
+        losses = fit(pipe, images, captions, config, args.out / "adapter.safetensors", checkpoint)
         if parallel.rank() == 0:
             save_results(pipe, images, prompts, losses, args)
             file.unlink()  # now the run is finished

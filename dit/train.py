@@ -260,13 +260,13 @@ def files_checksum(folder):
 # ---- a whole run ------------------------------------------------------------------------------------------------
 
 
-def fit(pipe, images, captions, config, file, checkpoint, prompts=()):
+def fit(pipe, images, captions, config, file, checkpoint):
     """Train on images (n, 3, H, W) and write the adapter to `file`. Returns the losses; the adapters stay attached.
 
-    T5 and the autoencoder are freed before; `prompts` are encoded while T5 is there, to be drawn afterwards. The
-    checkpoint file stays, so that what else the caller does with the run can be done again after a kill.
+    T5 and the autoencoder are freed before. The checkpoint file stays, so that what else the caller does with the run
+    can be done again after a kill.
     """
-    pipe.encode_prompt(["", *captions, *prompts])  # remembered
+    pipe.encode_prompt(["", *captions])  # remembered
     pipe.free("text_encoder")
     data = encode(pipe, images, captions, config.random_flip)
     pipe.free("vae")

@@ -123,6 +123,12 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
     assert parts
 
 
+def test_t5_is_alone_in_memory(options, tmp_path, loaded, quick):
+    train(options, tmp_path / "run")
+    assert loaded.pop(0) == {"text_encoder"} and loaded
+    assert all("text_encoder" not in parts for parts in loaded)
+
+
 @pytest.mark.parametrize("change", [{"beta_end": 0.012}, {"num_train_timesteps": 500}])
 def test_training_follows_the_schedule_of_the_weights(tiny, pictures, options, tmp_path, quick, change):
     train(options, tmp_path / "run")

@@ -136,8 +136,10 @@ def test_draws_what_sample_draws(pipe, tiny, photo, tmp_path):
     choice = {"density": [0.5, 1.0], "keep_atoms": [0, 4]}
     drawn = dict(edit.draw(pipe, prompts, noise, "x", file, **choice, steps=2))
     drawn |= dict(edit.draw(pipe, prompts, noise, "sparse", file, steps=2))
+    drawn |= dict(edit.draw(pipe, prompts, noise, "scaled", file, scale=0.5, steps=2))
     drawn |= dict(edit.draw(pipe, prompts, noise, "base", steps=2))
-    assert list(drawn) == [f"x, density {d}, {n} atoms" for d in (0.5, 1.0) for n in (0, 4)] + ["sparse", "base"]
+    labels = [f"x, density {d}, {n} atoms" for d in (0.5, 1.0) for n in (0, 4)]
+    assert list(drawn) == [*labels, "sparse", "scaled", "base"]
     assert not adapters(pipe.transformer)
 
     def reference(*words):
@@ -150,6 +152,7 @@ def test_draws_what_sample_draws(pipe, tiny, photo, tmp_path):
 
     assert pixels("x, density 1.0, 4 atoms") == reference("--adapter", file, "--density", 1, "--keep-atoms", 4)
     assert pixels("sparse") == reference("--adapter", file)
+    assert pixels("scaled") == reference("--adapter", file, "--scale", 0.5) != pixels("sparse")
     assert pixels("base") == reference() == pixels("x, density 0.5, 0 atoms") != pixels("sparse")
 
 
@@ -162,6 +165,7 @@ MISTAKES = {
     "--density 0.1 2": "density=2.0",
     "--keep-atoms 17": "choose a number from 0 to 16",
     "--keep-atoms some": "invalid",
+    "--scale inf": "scale=inf is not a number",
     "--seed -1": "0 or more",
     "--steps 1000": "expected 1 to 999",
     "--epochs 0": "above 0",

@@ -169,7 +169,7 @@ pipe = Pipeline.from_folder(root / "weights" / "tiny", device="cpu")
 model, folder = pipe.transformer, Path(mkdtemp())
 files = {variant: folder / f"{variant}.safetensors" for variant in variants}
 for variant, given in variants.items():
-    config = TrainConfig.of(pipe, atoms=128, lr=0.003, epochs=8 if lesson.quick else 80, **given)  # 20 or 200 steps
+    config = TrainConfig.of(pipe, atoms=128, lr=0.003, epochs=8 if lesson.quick else 60, **given)  # 20 or 150 steps
     teach(pipe, picture, caption, files[variant], config)
 
 # %%

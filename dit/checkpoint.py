@@ -7,6 +7,7 @@ checked before any numbers are read, and then one tensor at a time, cast on the 
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig, is_whole, read_json
+from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from dit.t5 import T5Encoder, Tokenizer
 from dit.transformer import PixArtTransformer
 from dit.vae import AutoencoderKL
-from sparsecode.common import UserError, replacing
+from sparsecode.common import TEXT, Kind, UserError, is_whole, object_of, read_json, replacing
 
 # ---- names: (ours, theirs) --------------------------------------------------------------------------------------
 # The pairs apply in turn: one that begins with a dot anywhere in a name, another at its start. Several of our tensors
@@ -83,6 +84,9 @@ IGNORED = {"encoder.embed_tokens.weight", "pos_embed.pos_embed", "pos_embed", "y
 PIXART_ALPHA = ("resolution_embedder.", "aspect_ratio_embedder.", "csize_embedder.", "ar_embedder.")
 USUAL_FILES = [name + kind for name in ("diffusion_pytorch_model", "model")
                for kind in (".safetensors", ".safetensors.index.json")]  # fmt: skip
+SHARD = re.compile(r"-\d{5}-of-\d{5}\b")  # in the name of a file that holds a part of the weights
+KEEP_FLOAT32 = (".wo",)  # T5's layers whose sums overflow float16, as in transformers
+EXTRA_IDS = Kind("a whole number from 0 to 1000", lambda v: is_whole(v) and 0 <= v <= 1000)
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 
 
@@ -120,14 +124,18 @@ def stored_tensors(path):
 
 
 def _weights_file(folder):
-    """The one safetensors file, index of shards or `.pth` in a folder; the usual names go before variants of them."""
+    """The one safetensors file, index of shards or `.pth` in a folder; the usual names go before variants (fp16)."""
     choice = [folder / name for name in USUAL_FILES if (folder / name).exists()]
-    for kind in ("*.safetensors.index.json", "*.safetensors", "*.pth"):
-        choice = choice or sorted(folder.glob(kind))
+    shards = [file.name for file in sorted(folder.glob("*.safetensors")) if SHARD.search(file.name)]
+    for kind in ("*.safetensors.index*.json", "*.safetensors", "*.pth"):
+        choice = choice or sorted(file for file in folder.glob(kind) if file.name not in shards)
+    if not choice and shards:
+        raise UserError(f"{folder} holds {shards[0]} but no index of the shards; download *.safetensors.index.json too")
     if not choice:
         raise UserError(f"{folder} holds no weights: expected *.safetensors, alone or with an index, or *.pth")
     if len(choice) > 1:
-        raise UserError(f"{folder} holds both {choice[0].name} and {choice[1].name}; leave only the right one there")
+        both = f"{choice[0].name} and {choice[1].name}"
+        raise UserError(f"{folder} holds two sets of weights, {both}; move one to another folder")
     return choice[0]
 
 
@@ -155,9 +163,7 @@ def _read(file, name):
 
 
 def _in_shards(index):
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} has no weight_map from tensors to files; download it again")
+    weight_map = read_json(index, {"weight_map": object_of(TEXT)})["weight_map"]  # tensor -> file
     stored = {}
     for name in sorted(set(weight_map.values())):
         if not (index.parent / name).is_file():
@@ -176,6 +182,11 @@ def _in_pth(file):
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises many kinds
+        if held := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{file} holds {held[1]} beside tensors, which could run code and is not read; "
+                "save its state_dict alone into a new file"
+            ) from None
         raise UserError(f"{file} is not a PyTorch checkpoint ({type(error).__name__}); download it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -194,11 +205,18 @@ def _in_pth(file):
 def load_transformer(path, dtype=None, device=None):
     """PixArt-Σ's transformer from its folder, or from one of the authors' `.pth` files, which need no config."""
     stored = stored_tensors(path)
-    original = "x_embedder.proj.weight" in stored
+    names = ORIGINAL_NAMES if "x_embedder.proj.weight" in stored else TRANSFORMER_NAMES
+    return _load(PixArtTransformer, transformer_config(path, stored), path, stored, names, dtype, device)
+
+
+def transformer_config(path, stored=None):
+    """The TransformerConfig beside the weights at `path` or, of one of the authors' `.pth` files alone, inside them."""
     file = _config_file(path)
-    config = _config_of(stored) if original and not file.exists() else TransformerConfig.from_json(file)
-    names = ORIGINAL_NAMES if original else TRANSFORMER_NAMES
-    return _load(PixArtTransformer, config, path, stored, names, dtype, device)
+    if not file.exists():
+        stored = stored or stored_tensors(path)
+        if "x_embedder.proj.weight" in stored:
+            return _config_of(stored)
+    return TransformerConfig.from_json(file)
 
 
 def load_text_encoder(path, dtype=None, device=None):
@@ -223,10 +241,8 @@ def load_tokenizer(folder):
     file, settings = Path(folder) / "spiece.model", Path(folder) / "tokenizer_config.json"
     if not file.is_file():
         raise UserError(f"{file} is missing; take it from the release (transformers 5 does not write it)")
-    extra_ids = read_json(settings).get("extra_ids", 100) if settings.exists() else 100  # as transformers has it
-    if extra_ids != 0 and not is_whole(extra_ids):
-        raise UserError(f"{settings}: extra_ids is {extra_ids!r}; expected a whole number")
-    return Tokenizer(file, extra_ids)
+    values = read_json(settings, optional={"extra_ids": EXTRA_IDS}) if settings.exists() else {}
+    return Tokenizer(file, values.get("extra_ids", 100))  # 100 as transformers has it
 
 
 def _config_file(path):
@@ -263,7 +279,13 @@ def _config_of(stored):
 def _load(model_class, config, path, stored, names, dtype, device):
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model = _skeleton(model_class, config)
+    blocks = getattr(config, "num_layers", None) or config.layers_per_block * len(config.block_out_channels)
+    if blocks > len(stored):  # before they are built
+        raise UserError(f"{path} holds {len(stored)} tensors, too few for the {blocks:,} blocks of its config")
+    try:
+        model = _skeleton(model_class, config)
+    except RuntimeError as error:  # a size beyond 64 bits
+        raise UserError(f"the config of {path} asks for impossible sizes ({str(error).splitlines()[0]})") from None
     groups = {}  # name in the file -> our names
     for ours, _ in model.named_parameters():
         groups.setdefault(rename(ours, names), []).append(ours)
@@ -318,11 +340,14 @@ def _some(names):
 
 
 def _fill(model, group, tensor, dtype, device):
-    """Read one tensor of a file into the parameters it stands for."""
+    """Read one tensor of a file into the parameters it stands for. UserError if it holds NaN or infinity."""
     rows = [model.get_parameter(ours).shape[0] for ours in group]
     for ours, part in zip(group, tensor.read().split(rows)):
         owner, _, name = ours.rpartition(".")
-        value = part.to(device, dtype, copy=True)  # a copy in any case: what was read may be the mapped file itself
+        kept = torch.float32 if dtype == torch.float16 and owner.endswith(KEEP_FLOAT32) else dtype
+        value = part.to(device, kept, copy=True)  # a copy in any case: what was read may be the mapped file itself
+        if not all(edge.isfinite() for edge in value.aminmax()):  # in one pass and without a copy
+            raise UserError(f"{tensor.file}: {ours} holds NaN or infinity as {str(kept)[6:]}; download it again")
         setattr(model.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
 
 

@@ -71,23 +71,20 @@ def check_folder(out, outputs):
 def add_model_arguments(parser):
     parser.add_argument("--weights", default=TINY, type=Path, help="folder of a PixArt-Σ pipeline (the tiny one)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
+    parser.add_argument("--text-device", help="of T5 alone: cpu keeps it off a small GPU (as --device)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the frozen model (bfloat16 on a GPU, float32 on a CPU)")
 
 
 def load_pipeline(args):
-    """The Pipeline that --weights, --device and --dtype ask for."""
-    from dit.pipeline import Pipeline
+    """The Pipeline that the arguments of `add_model_arguments` ask for."""
+    from dit.pipeline import Pipeline, find_device
 
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {args.device} cannot be used ({reason}); try --device cpu") from None
+    device = find_device(args.device, "--device")
+    text_device = find_device(args.text_device, "--text-device") if args.text_device else device
     if args.weights == TINY and not TINY.is_dir():
         raise UserError(f"the tiny model is not at {TINY}: it comes with a clone of the repository, installed by "
                         "pip install -e . there; or name another model with --weights")  # fmt: skip
-    return Pipeline.from_folder(args.weights, DTYPES.get(args.dtype), device)
+    return Pipeline.from_folder(args.weights, DTYPES.get(args.dtype), device, text_device)
 
 
 # What takes less memory; the first belong to training, the last to drawing.

@@ -5,38 +5,16 @@ Each class holds the fields that this code uses; `from_json` refuses a value tha
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsecode.common import UserError
+from sparsecode.common import FLAG, POSITIVE, Kind, UserError, check_fields, is_whole, list_of, read_json
 
-
-def read_json(path):
-    """The object in a JSON file, as a dict."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); download it with the weights") from None
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
-        raise UserError(f"{path} is not JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {str(values)[:40]!r}, not a JSON object {{…}}; download it again")
-    return values
-
-
-def is_whole(value):
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-# Type of a field -> (what its values are called, whether a value from JSON is one). All numbers are above zero.
-KINDS = {
-    int: ("a whole number above 0", is_whole),
-    float: ("a number above 0", lambda v: is_whole(v) or isinstance(v, float) and 0 < v < math.inf),
-    bool: ("true or false", lambda v: isinstance(v, bool)),
-    tuple[int, ...]: ("a list of whole numbers above 0", lambda v: isinstance(v, list) and v and all(map(is_whole, v))),
-}
-KINDS[float | None] = KINDS[float]  # null never gets as far as this table
+# What a field of each type may hold. The largest number keeps sizes such as a width times a width within 64 bits.
+LARGEST = 2**20
+SIZE = Kind(f"a whole number from 1 to {LARGEST:,}", lambda v: is_whole(v) and 1 <= v <= LARGEST)
+SIZES = Kind(f"a list, each {SIZE.name}", lambda v: v != [] and list_of(SIZE).fits(v))
+KINDS = {int: SIZE, float: POSITIVE, float | None: POSITIVE, bool: FLAG, tuple[int, ...]: SIZES}
 
 
 class Config:
@@ -46,7 +24,7 @@ class Config:
     @classmethod
     def from_json(cls, path):
         """Read a config file. A field that is absent or null takes the default of the class."""
-        return cls.from_dict(read_json(path), where=str(path))
+        return cls.from_dict(read_json(Path(path)), where=str(path))
 
     @classmethod
     def from_dict(cls, values, where="config"):
@@ -54,14 +32,10 @@ class Config:
         for name, allowed in cls.required.items():
             if name in values and values[name] not in allowed:
                 raise UserError(f"{where}: {name} is {values[name]!r}, but this code knows only {allowed[0]!r}")
-        kept = {}
-        for field in dataclasses.fields(cls):
-            if field.name in values:
-                value, (kind, fits) = values[field.name], KINDS[field.type]
-                if not fits(value):
-                    raise UserError(f"{where}: {field.name} is {value!r}; expected {kind}")
-                kept[field.name] = tuple(value) if isinstance(value, list) else value
-        config = cls(**kept)
+        kinds = {field.name: KINDS[field.type] for field in dataclasses.fields(cls)}
+        check_fields(values, optional=kinds, where=where)
+        kept = {name: value for name, value in values.items() if name in kinds}
+        config = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()})
         if problem := config.problem():
             raise UserError(f"{where}: {problem}")
         return config
@@ -124,6 +98,8 @@ class TransformerConfig(Config):
             return f"cross_attention_dim is {self.cross_attention_dim}; expected heads × head size = {self.width}"
         if self.width % 4:
             return f"heads × head size is {self.width}; expected a multiple of 4, for the position table"
+        if not self.patch_size <= self.sample_size <= 2048:
+            return f"sample_size is {self.sample_size}; expected patch_size, {self.patch_size}, to 2048 latent pixels"
 
 
 @dataclass(frozen=True)
@@ -147,6 +123,14 @@ class T5Config(Config):
         "pad_token_id": [0],
         "eos_token_id": [1],
     }
+
+    def problem(self):
+        exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own, on either side
+        if not 0 < exact < self.relative_attention_max_distance:
+            return (
+                f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; expected at least 4, and "
+                f"a quarter of it below relative_attention_max_distance, {self.relative_attention_max_distance}"
+            )
 
 
 @dataclass(frozen=True)
@@ -225,3 +209,9 @@ class SchedulerConfig(Config):
         "rescale_betas_zero_snr": [False],
         "trained_betas": [None],
     }
+
+    def problem(self):
+        if not self.beta_start <= self.beta_end < 1:
+            return f"beta_start is {self.beta_start} and beta_end {self.beta_end}; expected beta_start ≤ beta_end < 1"
+        if self.num_train_timesteps < 2:
+            return f"num_train_timesteps is {self.num_train_timesteps}; expected 2 or more"

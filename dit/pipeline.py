@@ -4,7 +4,6 @@ pipe = Pipeline.from_folder("weights/tiny")
 pipe.generate(["a red star on a blue background"])[0].save("star.png")
 """
 
-import json
 from functools import cached_property
 from pathlib import Path
 
@@ -12,14 +11,28 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dit.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae
-from dit.config import SchedulerConfig
+from dit.checkpoint import load_text_encoder, load_tokenizer, load_transformer, load_vae, transformer_config
+from dit.config import SchedulerConfig, T5Config, VAEConfig
 from dit.diffusion import dpm_solver
 from dit.pictures import to_pil
 from dit.t5 import clean_caption
-from sparsecode.common import UserError
+from sparsecode.common import NUMBER, OBJECT, UserError, read_json
 
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+LARGEST = 16384  # pixels along a side
+
+
+def find_device(name=None, option="device"):
+    """The device of that name or, without one, the GPU of this machine, a Mac's too, or its CPU."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0][:150]
+        raise UserError(f"{option} {name} cannot be used ({reason}); try cpu") from None
 
 
 class Pipeline:
@@ -29,9 +42,10 @@ class Pipeline:
     if there is one: a tiny model wants others than the released one.
     """
 
-    def __init__(self, folder, dtype=None, device=None):
+    def __init__(self, folder, dtype=None, device=None, text_device=None):
         self.folder = Path(folder)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = find_device(device)
+        self.text_device = self.device if text_device is None else find_device(text_device)
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if not self.folder.is_dir():
             raise UserError(f"{folder} is not a folder; weights/README.md says how to get the weights")
@@ -41,12 +55,15 @@ class Pipeline:
         self.schedule = SchedulerConfig.from_json(self.folder / "scheduler" / "scheduler_config.json")
         self._embeddings = {}  # prompt -> text (L, C)
         file = self.folder / "defaults.json"
-        self.defaults = json.loads(file.read_text()) if file.exists() else {}
+        self.defaults = read_json(file, optional={"guidance": NUMBER, "finetune": OBJECT}) if file.exists() else {}
 
     @classmethod
-    def from_folder(cls, folder, dtype=None, device=None):
-        """dtype and device: bfloat16 on a GPU where there is one, float32 on a CPU, unless told."""
-        return cls(folder, dtype, device)
+    def from_folder(cls, folder, dtype=None, device=None, text_device=None):
+        """dtype and device: bfloat16 on a GPU where there is one, float32 on a Mac's GPU or a CPU, unless told.
+
+        text_device: where T5 works and stays, such as "cpu" beside a small GPU; else it is freed once it was used.
+        """
+        return cls(folder, dtype, device, text_device)
 
     @cached_property
     def transformer(self):
@@ -54,32 +71,45 @@ class Pipeline:
 
     @cached_property
     def text_encoder(self):
-        return load_text_encoder(self.folder / "text_encoder", self.dtype, self.device)
+        return load_text_encoder(self.folder / "text_encoder", self.dtype, self.text_device)
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(self.folder / "tokenizer")
+        tokenizer = load_tokenizer(self.folder / "tokenizer")
+        known = T5Config.from_json(self.folder / "text_encoder" / "config.json").vocab_size
+        if tokenizer.size > known:
+            raise UserError(f"{self.folder}: tokenizer/ has {tokenizer.size} tokens, but text_encoder/ knows {known}")
+        return tokenizer
 
     @cached_property
     def vae(self):
-        return load_vae(self.folder / "vae", self.dtype, self.device)
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype  # float16 would overflow
+        return load_vae(self.folder / "vae", dtype, self.device)
 
     def free(self, *parts):
         """Forget loaded parts, so that their memory can be used; they are loaded again when needed."""
         for part in parts:
             self.__dict__.pop(part, None)
-        if self.device.type == "cuda":
+        if "cuda" in (self.device.type, self.text_device.type):
             torch.cuda.empty_cache()
+
+    @cached_property
+    def transformer_config(self):
+        return transformer_config(self.folder / "transformer")
+
+    @cached_property
+    def vae_config(self):
+        return VAEConfig.from_json(self.folder / "vae" / "config.json")
 
     @property
     def multiple(self):
         """Sides of pictures must be a multiple of this many pixels: one patch of latents."""
-        return self.vae.config.factor * self.transformer.config.patch_size
+        return self.vae_config.factor * self.transformer_config.patch_size
 
     @property
     def resolution(self):
         """The side of the pictures that the model was trained on, in pixels."""
-        return self.vae.config.factor * self.transformer.config.sample_size
+        return self.vae_config.factor * self.transformer_config.sample_size
 
     @torch.no_grad()
     def encode_prompt(self, prompts):
@@ -88,40 +118,48 @@ class Pipeline:
         Prompts seen before are remembered, so that T5 can be freed before they are drawn again.
         """
         prompts = [clean_caption(prompt) for prompt in prompts]
-        new = sorted(set(prompts) - self._embeddings.keys())
-        for prompt in new:
+        for prompt in sorted(set(prompts) - self._embeddings.keys()):
             ids, mask = self.tokenizer([prompt])
-            ids, mask = (x[:, : int(mask.sum())].to(self.device) for x in (ids, mask))  # (1, 300) -> (1, L)
-            self._embeddings[prompt] = self.text_encoder(ids, mask)[0]  # (L, C)
+            ids, mask = (x[:, : int(mask.sum())].to(self.text_device) for x in (ids, mask))  # (1, 300) -> (1, L)
+            text = self.text_encoder(ids, mask)[0]  # (L, C)
+            self._embeddings[prompt] = finite(text, f"T5's embedding of {prompt[:40]!r}").to(self.device)
         return pad_rows([self._embeddings[prompt] for prompt in prompts])
 
     @torch.no_grad()
     def encode_images(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> scaled latent means (B, 4, H/f, W/f)."""
-        return self.vae.encode(images.to(self.device, self.dtype))
+        images = images.to(self.device, self.vae.dtype)
+        return finite(self.vae.encode(images), "the latents of a picture").to(self.dtype)
 
     @torch.no_grad()
     def decode(self, latents):
         """Scaled latents (B, 4, h, w) -> images (B, 3, h·f, w·f) in [-1, 1], float32."""
-        return self.vae.decode(latents.to(self.device, self.dtype)).float().clamp(-1, 1)
+        latents = finite(latents, "the latents").to(self.device, self.vae.dtype)
+        return finite(self.vae.decode(latents).float(), "the decoded picture").clamp(-1, 1)
 
     def noise(self, seeds, height=None, width=None):
         """Starting noise (len(seeds), 4, h, w), one seed for each picture: drawn on the CPU, so the same everywhere."""
         height = self.resolution if height is None else height
         width = self.resolution if width is None else width
-        if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
-            raise UserError(f"{width}×{height} pixels: both sides must be a multiple of {self.multiple}")
-        shape = (self.transformer.config.in_channels, height // self.vae.config.factor, width // self.vae.config.factor)
+        if any(not 0 < side <= LARGEST or side % self.multiple for side in (height, width)):
+            raise UserError(
+                f"{width}×{height} pixels: both sides must be a multiple of {self.multiple}, up to {LARGEST}"
+            )
+        factor = self.vae_config.factor
+        shape = (self.transformer_config.in_channels, height // factor, width // factor)
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
     @torch.no_grad()
-    def sample(self, latents, text, text_mask, *, steps=20, guidance=4.5):
+    def sample(self, latents, text, text_mask, *, steps=20, guidance=4.5, negative_prompt=""):
         """Yield (timestep, latents, guess of the clean latents) after each step from noise (B, 4, h, w).
 
-        Classifier-free guidance (Ho & Salimans, 2022): ε = ε(empty) + guidance · (ε(prompt) − ε(empty)).
+        Classifier-free guidance (Ho & Salimans, 2022): ε = ε(empty) + guidance · (ε(prompt) − ε(empty)). A negative
+        prompt, what not to draw, takes the place of the empty one.
         """
+        if len(latents) != len(text):
+            raise UserError(f"{len(latents)} latents for {len(text)} prompts; give one for each")
         if guidance != 1:
-            (empty,), _ = self.encode_prompt([""])
+            (empty,), _ = self.encode_prompt([negative_prompt])
             rows = [empty] * len(text) + [row[: int(mask.sum())] for row, mask in zip(text, text_mask)]
             text, text_mask = pad_rows(rows)  # (2B, L, C), (2B, L), the unconditional half first
 
@@ -137,25 +175,39 @@ class Pipeline:
         yield from dpm_solver(predict_noise, latents.to(self.device).float(), steps, self.schedule)
 
     @torch.no_grad()
-    def generate(self, prompts, *, steps=20, guidance=None, height=None, width=None, seed=0, latents=None):
+    def generate(self, prompts, *, steps=20, guidance=None, height=None, width=None, seed=0, latents=None,
+                 negative_prompt=""):  # fmt: skip
         """One PIL image for each prompt. Prompt i starts from seed + i, or from `latents` (B, 4, h, w).
 
         guidance: the model's own default (4.5 unless its folder says otherwise) if not given.
         """
-        if isinstance(prompts, str):
-            raise UserError(f"prompts must be a list of str, not the single str {prompts!r}")
+        if isinstance(prompts, str) or not prompts:
+            raise UserError(f"prompts must be a list of one str or more, not {prompts!r}")
         guidance = self.defaults.get("guidance", 4.5) if guidance is None else guidance
         if latents is None:
             latents = self.noise(range(seed, seed + len(prompts)), height, width)
+        if len(latents) != len(prompts):
+            raise UserError(f"{len(latents)} latents for {len(prompts)} prompts; give one for each")
+        self.encode_prompt([negative_prompt, *prompts])  # T5 goes before the other parts come
+        if self.text_device == self.device:
+            self.free("text_encoder")
         images, batch = [], max(1, 4 * 128 * 128 // latents[0].numel())  # one at a time at 1024×1024, 64 at 64×64
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            text, mask = self.encode_prompt(prompts[part])
-            steps_done = self.sample(latents[part], text, mask, steps=steps, guidance=guidance)
+            options = dict(steps=steps, guidance=guidance, negative_prompt=negative_prompt)
+            steps_done = self.sample(latents[part], *self.encode_prompt(prompts[part]), **options)
             for _, x, _ in tqdm(steps_done, desc="sampling", total=steps, leave=False, disable=None):
                 pass
             images += to_pil(self.decode(x))
         return images
+
+
+def finite(x, what):
+    """x, unless it holds NaN or infinity: that is an error, never a picture."""
+    if not x.isfinite().all():
+        kind = str(x.dtype).removeprefix("torch.")
+        raise UserError(f"{what} became NaN or infinite in {kind}; use bfloat16 or float32, or check the weights")
+    return x
 
 
 def pad_rows(rows):

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from sparsecode.attention import merge_heads, split_heads
 from sparsecode.common import UserError
 
 PAD, EOS, UNK = 0, 1, 2
+LONGEST = 10_000  # characters of a prompt; sentencepiece takes minutes for a hundred times as many
 
 
 def clean_caption(text):
@@ -34,9 +36,9 @@ class Tokenizer:
             raise UserError(f"{model_file} is not a sentencepiece model; download it again") from None
         if (self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()) != (PAD, EOS, UNK):
             raise UserError(f"{model_file} is not a tokenizer of T5: pad, end and unknown must be tokens 0, 1 and 2")
-        last = self.pieces.get_piece_size() + extra_ids - 1
+        self.size = len(self.pieces) + extra_ids
         self.special = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}
-        self.special |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
+        self.special |= {f"<extra_id_{i}>": self.size - 1 - i for i in range(extra_ids)}
         self.special_text = re.compile(f"({'|'.join(self.special)})")
 
     def encode(self, prompt):
@@ -47,13 +49,22 @@ class Tokenizer:
         return tokens
 
     def __call__(self, prompts, max_length=300):
-        """A list of B prompts -> ids (B, max_length) and mask (B, max_length), both int64; longer prompts are cut."""
+        """A list of B prompts -> ids (B, max_length) and mask (B, max_length), both int64.
+
+        A prompt of more tokens is cut, with a warning that says what is lost.
+        """
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list of str, not the single str {prompts!r}")
         ids = torch.full((len(prompts), max_length), PAD)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
-            tokens = self.encode(prompt)[: max_length - 1] + [EOS]
+            if len(prompt) > LONGEST:
+                raise UserError(f"the prompt {prompt[:40]!r}… has {len(prompt):,} characters; cut it to {LONGEST:,}")
+            tokens = self.encode(prompt)
+            if len(tokens) >= max_length:
+                lost = self.pieces.decode([token for token in tokens[max_length - 1 :] if token < len(self.pieces)])
+                warnings.warn(f"a prompt of {len(tokens) + 1} tokens is cut to {max_length}; lost: {lost!r}")
+            tokens = tokens[: max_length - 1] + [EOS]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
         return ids, mask
@@ -92,7 +103,8 @@ class T5Block(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # T5 does not divide by √d
         x = x + self.o(merge_heads(out))  # (B, H, L, d_kv) -> (B, L, C)
         h = self.norm_2(x)  # (B, L, C)
-        return x + self.wo(F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h))  # (B, L, C)
+        h = F.gelu(self.wi_0(h), approximate="tanh") * self.wi_1(h)  # (B, L, d_ff)
+        return x + self.wo(h.to(self.wo.weight.dtype))  # (B, L, C); wo is float32 where the rest is float16
 
 
 class T5Encoder(nn.Module):

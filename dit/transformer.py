@@ -95,7 +95,7 @@ class PixArtTransformer(nn.Module):
     def positions(self, h, w, device):
         """Sine and cosine table (N, C) for a grid of h × w patches, in units of the training grid."""
         base = self.config.sample_size // self.config.patch_size
-        return position_table(self.config.width, h, w, base, self.config.position_scale).to(device)
+        return position_table(self.config.width, h, w, base, self.config.position_scale, torch.device(device))
 
     def unpatchify(self, x, h, w):
         p = self.config.patch_size
@@ -107,9 +107,14 @@ def normalise(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
+@torch.compiler.assume_constant_result  # so that a compiled model does not make it anew
+def position_table(width, h, w, base, scale, device=torch.device("cpu")):
+    return _position_table(width, h, w, base, scale, device)
+
+
 @functools.lru_cache(maxsize=4)
 @torch.inference_mode(False)  # what is kept must serve training too
-def position_table(width, h, w, base, scale):
+def _position_table(width, h, w, base, scale, device):
     """(h·w, width): half of the channels for x, half for y, each [sin | cos] (diffusers' get_2d_sincos_pos_embed)."""
     numbers = functools.partial(torch.arange, dtype=torch.float64, device="cpu")
     y = numbers(h) / (h / base) / scale  # (h,)
@@ -121,4 +126,4 @@ def position_table(width, h, w, base, scale):
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (n, width/2)
 
     rows, columns = waves(y)[:, None].expand(-1, w, -1), waves(x)[None].expand(h, -1, -1)  # (h, w, width/2) each
-    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()  # (h·w, width)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float().to(device)  # (h·w, width)

@@ -136,6 +136,10 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(c, c, 1) if config.use_post_quant_conv else nn.Identity()
 
+    @property
+    def dtype(self):
+        return self.encoder.conv_in.weight.dtype
+
     def posterior(self, images):
         """Mean and log-variance of the (unscaled) latents of images (B, 3, H, W) in [-1, 1], each (B, 4, H/f, W/f)."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)

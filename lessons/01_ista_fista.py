@@ -8,7 +8,7 @@
 #
 # *Three patches of a picture. Each is nearly a sum of five patterns, times a number. The patterns are learned.*
 #
-# You need to know what a gradient is. It takes about 30 seconds on two CPU cores, 6 with `--quick`.
+# You need to know what a gradient is. It takes about 25 seconds on one CPU core, 6 with `--quick`.
 #
 # ## The words
 #
@@ -125,7 +125,7 @@ lesson.check("atoms used per signal:", used, (4.5, 5.1), paper="only a few non-z
 #
 # At the minimum the same argument as for one coefficient holds for each coefficient $s_m$ with its gradient $g_m$:
 #
-# - where the atom is **used** ($s_m ≠ 0$), error and price balance exactly: $g_m = -λ\,\mathrm{sign}(s_m)$, so
+# - where the atom is **used** ($s_m ≠ 0$), error and price balance exactly: $g_m = -λ \mathrm{sign}(s_m)$, so
 #   $|g_m| = λ$;
 # - where it is **not used** ($s_m = 0$), the error pulls too weakly to pay the price: $|g_m| ≤ λ$.
 #

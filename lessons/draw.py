@@ -163,3 +163,160 @@ def coded(picture, approximations, side):
         pixels = tiles.view(rows, columns, side, side).transpose(1, 2).reshape(picture.shape)
         image(ax, pixels, title, vmin=0, vmax=1)
     return figure
+
+
+# ---- 02 ---------------------------------------------------------------------------------------------------------
+
+
+def coefficients(picture, patch, maps):
+    """A picture with one patch framed, and the coefficients of that patch in each head: maps (H, side, side)"""
+    figure, axes = panels(1, 1 + len(maps), width=9.2, height=2.4)
+    size = len(picture) // maps.shape[1]
+    y, x = (size * i - 0.5 for i in divmod(patch, maps.shape[1]))
+    image(axes[0], picture, "16 tokens; one framed", vmin=0, vmax=1)
+    for line in range(size, len(picture), size):
+        axes[0].axhline(line - 0.5, color="0.5", lw=0.6)
+        axes[0].axvline(line - 0.5, color="0.5", lw=0.6)
+    for h, (ax, weights) in enumerate(zip(axes[1:], maps)):
+        image(ax, picture, f"head {h}", cmap="gray_r", vmin=0, vmax=3)
+        whole = (-0.5, len(picture) - 0.5, len(picture) - 0.5, -0.5)
+        ax.imshow(weights, cmap="Oranges", vmin=0, vmax=0.5, alpha=0.8, extent=whole)
+        for i, weight in enumerate(weights.flatten().tolist()):
+            row, column = divmod(i, maps.shape[1])
+            place = (size * column + size / 2 - 0.5, size * row + size / 2 - 0.5)
+            ax.text(*place, f"{100 * weight:.0f}", ha="center", va="center", fontsize=9)
+    for ax in axes:
+        ax.add_patch(plt.Rectangle((x, y), size, size, fill=False, color=RED, lw=2))
+    return figure
+
+
+def counts(pictures, numbers):
+    """How many atoms each patch of a picture takes: {title: (side, side)} over pictures of the same titles"""
+    figure, axes = panels(1, len(numbers), width=9.2, height=2.7)
+    for ax, (title, values) in zip(axes, numbers.items()):
+        picture = pictures[title]
+        image(ax, picture, title, vmin=0, vmax=1, alpha=0.5)
+        size = len(picture) // len(values)
+        for i, value in enumerate(values.flatten().int().tolist()):
+            row, column = divmod(i, len(values))
+            box = {"boxstyle": "round,pad=0.15", "color": "white", "alpha": 0.75}
+            place = (size * column + size / 2 - 0.5, size * row + size / 2 - 0.5)
+            ax.text(*place, value, ha="center", va="center", bbox=box, color=RED if value == 0 else "black")
+    return figure
+
+
+def mixing(codes):
+    """Which of M coefficients are not zero, tokens by atoms: {title: (N, M)}"""
+    figure, axes = panels(2, 2, width=9.2, height=3.6)
+    for ax, (title, s) in zip(axes.T.flat, codes.items()):
+        size = s.abs() / s.abs().max()
+        ax.imshow(size.sqrt(), cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_title(title)
+        ax.set(xticks=[], yticks=[], xlabel="100 atoms", ylabel="16 tokens")
+        ax.spines[:].set_visible(True)
+    return figure
+
+
+# ---- 03 ---------------------------------------------------------------------------------------------------------
+
+
+def waves(ax, rows, color, gap, title):
+    """Functions of time (n, T) one below the other"""
+    for level, row in enumerate(rows):
+        ax.axhline(-gap * level, color="0.85", lw=0.8)
+        ax.plot(row - gap * level, color=color, lw=1.3)
+    ax.set(yticks=[], xlabel="time", title=title)
+    ax.spines["left"].set_visible(False)
+
+
+def signal(ax, truth, masked, restored=None, color=ORANGE):
+    """A signal (T,) in grey, the samples that are seen as dots, and what was made of them"""
+    seen = masked.nonzero()[:, 0]
+    ax.plot(truth, color="0.75", lw=4)
+    if restored is not None:
+        ax.plot(restored, color=color, lw=1.6)
+    ax.plot(seen, masked[seen], "o", color="black", markersize=4)
+    ax.set(yticks=[], xlabel="time")
+    ax.spines["left"].set_visible(False)
+
+
+def mixture(parts, truth, masked):
+    """A signal as the sum of its five bases, parts (5, T)"""
+    figure, (left, right) = panels(1, 2)
+    waves(left, parts, BLUE, 2.2, "five Fourier bases, each times a number …")
+    signal(right, truth, masked)
+    right.set_title("… their sum (grey), and the 16 samples seen (dots)")
+    return figure
+
+
+def contributions(runs):
+    """{title: parts (9, T)}"""
+    figure, axes = panels(1, len(runs), height=4.4, sharey=True)
+    for ax, (title, parts), color in zip(axes, runs.items(), (BLUE, RED)):
+        waves(ax, parts, color, 1.4, title)
+    return figure
+
+
+def restored(truth, masked, attempts):
+    """One signal and what each model makes of it: {title: (T,)}"""
+    figure, axes = panels(1, len(attempts), height=3.2, sharey=True)
+    for ax, (title, estimate), color in zip(axes, attempts.items(), (RED, GREEN)):
+        signal(ax, truth, masked, estimate, color)
+        ax.set_title(title)
+    return figure
+
+
+def tuned_atoms(before, nearest, after):
+    """Atoms (n, T) over the Fourier bases nearest to them, and the same atoms after tuning"""
+    figure, (left, right) = panels(1, 2, height=4.2)
+    for level, basis in enumerate(nearest):
+        left.plot(basis - 0.6 * level, color="0.8", lw=5)
+    waves(left, before, BLUE, 0.6, "after pre-training on the low band")
+    waves(right, after, GREEN, 0.6, "the same atoms, tuned on the high band")
+    return figure
+
+
+# ---- 04 ---------------------------------------------------------------------------------------------------------
+
+
+def flips(rows):
+    """One row per digit, {title: pictures (n, H, W)} one column each; a frame around a column that counts"""
+    count = len(next(iter(rows.values())))
+    figure, axes = panels(count, len(rows), height=8.6 * count / len(rows) + 0.4)
+    for column, (title, drawn) in zip(axes.T, rows.items()):
+        for i, (ax, picture) in enumerate(zip(column, drawn)):
+            image(ax, picture, "" if i else title, vmin=0, vmax=1)
+    return figure
+
+
+def changes(before, after, single, names):
+    """A digit before and after, and what each atom switches on (red) and off (blue): single (n, H, W)"""
+    figure = plt.figure(figsize=(8.6, 4.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 3))
+    top, bottom = left.subplots(2, 1)
+    image(top, before, "no atoms", vmin=0, vmax=1)
+    image(bottom, after, "the best 12", vmin=0, vmax=1)
+    for ax, difference, name in zip(right.subplots(3, 4).flat, single, names):
+        image(ax, difference, name, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+        if difference.abs().max() < 0.005:
+            ax.text(13.5, 13.5, "not used\nhere", ha="center", va="center", color="0.5")
+    right.colorbar(right.axes[0].images[0], ax=right.axes, label="pixel with − without", extend="both", shrink=0.8)
+    return figure
+
+
+def shares(curves, marks):
+    """Share of digits flipped by the n best atoms, {label: {n: share}}, and single points {label: (n, share)}"""
+    figure, ax = panels(1, 1, height=4.4)
+    for (name, curve), color in zip(curves.items(), (BLUE, GREEN, RED)):
+        ax.plot(curve.keys(), [100 * share for share in curve.values()], "o-", color=color, markersize=5)
+        n = {BLUE: 2, GREEN: 10, RED: 40}[color]
+        near = min(curve, key=lambda count: abs(count - n))
+        ax.annotate(name, (near, 100 * curve[near]), (8, -14), textcoords="offset points", color=color)
+    for name, (n, share) in marks.items():
+        ax.plot(n, 100 * share, "D", color="black")
+        ax.annotate(name, (n, 100 * share), (8, -4), textcoords="offset points")
+    ax.axvline(12, color="0.8", lw=1, zorder=0)
+    ax.set_xscale("symlog", linthresh=4)
+    decimal_ticks(ax.xaxis, [0, 1, 2, 4, 8, 12, 20, 40, 80, 200])
+    ax.set(xlabel="atoms kept, the most important first (of 200)", ylabel="8s that became a 3, %", xlim=(-0.2, 330))
+    return figure

@@ -19,7 +19,7 @@ from .common import UserError, replacing
 from .fourier import one_thread
 
 HELD_OUT = 5  # every fifth digit that ships is held out: no training sees it
-NOISE = 0.5  # standard deviation of what the encoder's input is spoilt with
+NOISE = 0.5  # standard deviation of the noise on the input of the encoder
 
 
 @dataclass(frozen=True)
@@ -218,16 +218,16 @@ def train_classifier(images, labels, *, seed=0, epochs=10):
     return model.eval()
 
 
-def train_adapter(model, images, *, density, order="after", seed=0, steps=800):
+def train_adapter(model, images, *, density, order="after", std=0.02, target=r"decoder\.", seed=0, steps=800):
     """Put 100 atoms beside each attention of the decoder, and learn them on noisy `images` of the new digit.
 
-    With order="after", σ(A X W_s) D of Eq. 8, no token is made of more than k atoms. They start near zero, not at zero
-    where `attach` leaves them: that worked as well, but for one run in nine. All else is frozen, the encoder too, so
-    that the divergence is a constant, and left out. Returns the losses.
+    With order="after", σ(A X W_s) D of Eq. 8, no token is made of more than k atoms. `std` is that of D at the start;
+    `attach` leaves D at zero. All else is frozen, the encoder too. So the divergence is a constant, and is left out.
+    Returns the losses.
     """
     torch.manual_seed(seed)
-    for adapter in attach(model, "sparse", target=r"decoder\.", atoms=100, density=density, order=order):
-        nn.init.normal_(adapter.D, std=0.02)
+    for adapter in attach(model, "sparse", target=target, atoms=100, density=density, order=order):
+        nn.init.normal_(adapter.D, std=std)
 
     def loss(chosen, generator):
         logits, _, _ = model(add_noise(images[chosen], generator), generator)

@@ -445,6 +445,7 @@ MISTAKES = {
     "--device cuda:99": "cannot be used",
     "--device meta": "cannot be used",
     "--device sofa": "cannot be used",
+    "--text-device sofa": "--text-device sofa cannot be used",
     "--dtype int8": "invalid choice",
     "--method magic": "invalid choice",
     "--optimizer sgd": "invalid choice",

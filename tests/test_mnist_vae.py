@@ -148,6 +148,17 @@ def test_adapter_trains_w_s_and_d_of_the_decoder_and_nothing_else(order):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * (128 + 128) * 100
 
 
+def test_atoms_start_where_they_are_told_and_go_to_the_attentions_that_are_named():
+    model = VAE().eval()
+    mnist_vae.train_adapter(model, torch.rand(4, 28, 28), density=0.02, std=0.0, target=r"encoder\.", steps=0)
+    assert list(adapters(model)) == ["encoder.blocks.0.attention", "encoder.blocks.1.attention"]
+    assert not any(adapter.D.any() for adapter in adapters(model).values())
+    model = VAE().eval()
+    mnist_vae.train_adapter(model, torch.rand(4, 28, 28), density=0.02, std=0.5, steps=0)
+    for adapter in adapters(model).values():
+        assert adapter.D.std().item() == pytest.approx(0.5, abs=0.02)  # 10,000 numbers: 0.5 ± 0.0035
+
+
 # ---- atoms ------------------------------------------------------------------------------------------------------
 
 

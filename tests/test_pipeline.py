@@ -123,3 +123,10 @@ def test_the_command_judges_with_an_adapter_and_saves_a_grid(tmp_path, capsys):
 def test_a_pipeline_without_a_judge_is_refused(tiny):
     with pytest.raises(UserError, match="no judge"):
         judge_command(["--weights", str(tiny)])
+
+
+def test_t5_on_a_device_of_its_own(tiny):
+    pipe = Pipeline.from_folder(tiny, device="meta", text_device="cpu")
+    text, mask = pipe.encode_prompt(["a red star"])
+    assert {p.device.type for p in pipe.text_encoder.parameters()} == {"cpu"}
+    assert text.device.type == mask.device.type == "meta"

@@ -9,7 +9,7 @@ from diffusers import PixArtTransformer2DModel
 
 from dit.checkpoint import load_transformer
 from dit.config import TransformerConfig
-from dit.transformer import PixArtTransformer, position_table
+from dit.transformer import PixArtTransformer, _position_table, position_table
 
 TINY = dict(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=16, caption_channels=12,
             use_additional_conditions=False)  # fmt: skip
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 def test_a_table_made_in_inference_mode_serves_training(tmp_path):
     diffusers_transformer().save_pretrained(tmp_path)
     model = load_transformer(tmp_path)
-    position_table.cache_clear()
+    _position_table.cache_clear()
     with torch.inference_mode():
         model(*inputs())
     model.requires_grad_(True)(*inputs()).mean().backward()

@@ -170,7 +170,9 @@ lesson.check("by hand and by the library, largest difference", (x - seen["out"])
 # Every line has the form $x + \mathrm{something}$: a block does not replace the tokens, it adds to them. That is why an
 # adapter may add to them as well (lesson [6](06_finetune.md)). The paper's adapter sits beside `attn1`.
 #
-# How much does "single" save? In the large PixArt-Σ, $C = 1152$, and one such layer has $6 C (C + 1)$ parameters. And is the timestep really needed? We can lie about it: the noise is that of $t = 250$, but we say something else.
+# How much does "single" save? In the large PixArt-Σ, $C = 1152$, and one such linear layer has $6 C (C + 1)$
+# parameters. And is the timestep really needed? We can lie about it: the noise is that of $t = 250$, but we say
+# something else.
 #
 # **Predict:** which lie is worse, too little noise or too much?
 

@@ -142,8 +142,8 @@ lesson.show(figure, "07_rank_one", "The same edits by LoRA of rank 1 and by one 
 # %% [markdown]
 # ## One run proves little: the study
 #
-# One picture and one training may be luck. `tests/benchmarks/editing.py` repeats all of this for several subjects, edits,
-# learning rates and lengths of training. Its table ships with the project; the next cell reads it.
+# One picture and one training may be luck. `tests/benchmarks/editing.py` repeats all of this for several subjects,
+# edits, learning rates and lengths of training. Its table ships with the project; the next cell reads it.
 
 # %%
 table = defaultdict(list)  # (adapter, lr, epochs, edit, column) -> one value for each subject and edit
@@ -174,7 +174,8 @@ lesson.table(headings, [summary(" ".join(run), run) for run in pair])
 points = {name: [] for name in ("LoRA, r 16", "sparse, M 64")}
 for run in pair[1:]:
     points[run[0]].append((mean(run, ["same"], "kept"), mean(run, kinds, "kept"), mean(run, ["other"], "follows")))
-lesson.show(draw.fidelity(points), "07_fidelity", "Edits kept, and other captions right, against fidelity, for each run")
+figure = draw.fidelity(points)
+lesson.show(figure, "07_fidelity", "Edits kept, and other captions right, against fidelity, for each training")
 
 # %% [markdown]
 # *Each point is one training, the mean over subjects. To compare at **equal fidelity**, compare points above each
@@ -204,10 +205,12 @@ lesson.check("equal fidelity, sparse − LoRA: others right", difference[1], (-0
 dials = [run for run in runs if run[0].startswith("sparse") and run[0] != "sparse, M 64"]
 thin = [run for run in runs if run[0] in ("LoRA, r 1", "one atom, M 4", "one atom, M 256")]
 lesson.table(headings, [summary(" ".join(run), run) for run in dials + thin])
-rows = []
+rows, usual = [], ("0.003", "50")
 for kind in kinds:
-    cells = [(mean(run, [kind], "follows"), mean(run, [kind], "kept")) for run in pair if run[1:] in (("", ""), pair[-3][1:])]
-    rows.append((kind, *(f"{follow:.0%}, {kept:.2f}" for follow, kept in cells)))
+    row = [kind]
+    for run in (("base model", "", ""), ("LoRA, r 16", *usual), ("sparse, M 64", *usual)):
+        row.append(f"{mean(run, [kind], 'follows'):.0%}, {mean(run, [kind], 'kept'):.2f}")
+    rows.append(row)
 lesson.table(("follows, kept", "base model", "LoRA, r 16", "sparse, M 64"), rows)
 
 # %% [markdown]

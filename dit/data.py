@@ -1,6 +1,5 @@
 """Pictures and captions -> cached latents and embeddings, so that training needs neither T5 nor the autoencoder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from dit.parallel import bar_off
-from dit.pictures import SUFFIXES, open_picture, square, to_tensor
-from sparsecode.common import UserError
+from dit.pictures import FORMATS, open_picture, share_cut, square, to_tensor, why_not
+from sparsecode.common import TEXT, UserError, read_json
 
 
 def find_pictures(paths):
@@ -17,15 +16,35 @@ def find_pictures(paths):
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+            inside = [file for file in _shown(path) if why_not(file) is None]
             if not inside:
-                raise UserError(f"{path} holds no pictures; expected files ending in {', '.join(SUFFIXES)}")
+                skipped = "".join(f"; {file.name}: {why_not(file)}" for file in _shown(path)[:3])
+                suffixes = ", ".join(suffix for group in FORMATS.values() for suffix in group)
+                raise UserError(f"{path} holds no pictures; expected files ending in {suffixes}{skipped}")
             files += inside
-        elif path.exists():
+        elif path.is_file():
             files.append(path)
         else:
             raise UserError(f"there is no picture or folder {path}; check --images")
     return files
+
+
+def _shown(folder):
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+
+
+def describe_pictures(paths, files):
+    """One line about the pictures of `find_pictures`: how many, what was skipped and why, what `square` cuts off."""
+    parts = [f"{len(files)} pictures" if len(files) > 1 else f"1 picture, {files[0].name}"]
+    beside = [file for path in map(Path, paths) if path.is_dir() for file in _shown(path) if why_not(file)]
+    skipped = [file for file in beside if file.suffix.lower() not in (".txt", ".jsonl")]
+    parts += [f"skipped {file.name} ({why_not(file)})" for file in skipped[:5]]
+    parts += [f"and {len(skipped) - 5} more"] if len(skipped) > 5 else []
+    shares = {file: share_cut(file) for file in files}
+    widest = max(shares, key=shares.get)
+    if shares[widest] > 0:
+        parts.append(f"the middle square leaves out {shares[widest]:.0%} of {widest.name}")
+    return ", ".join(parts)
 
 
 def find_captions(files, prompt=None):
@@ -45,8 +64,9 @@ def find_captions(files, prompt=None):
 
 def _find_caption(file, lines):
     text = file.with_suffix(".txt")
-    if text.exists():
-        return _read(text).strip()
+    for beside in (text, file.with_suffix(".TXT")):
+        if beside.exists():
+            return _read(beside).strip()
     if file in lines:
         return lines[file]
     raise UserError(f"{file} has no caption; write it into {text.name} or metadata.jsonl beside it, or give --prompt")
@@ -59,17 +79,14 @@ def _read_metadata(folder):
     for number, line in enumerate(_read(path).split("\n") if path.exists() else [], start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-            captions[folder / entry["file_name"]] = entry["text"].strip()
-            entry["text"].encode()
-        except (ValueError, TypeError, KeyError, AttributeError):  # not JSON or Unicode, no object, key or text
-            message = 'is not {"file_name": …, "text": …}'
-            raise UserError(f"{path} line {number} {message}: {line[:60]!r}; mend the line") from None
+        entry = read_json(line, {"file_name": TEXT, "text": TEXT}, where=f"{path} line {number}")
+        captions[folder / entry["file_name"]] = entry["text"].strip()
     return captions
 
 
 def _read(path):
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a file; write the caption into a text file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

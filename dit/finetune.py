@@ -17,7 +17,7 @@ import numpy as np
 
 from dit import parallel
 from dit.cli import Parser, add_model_arguments, check_folder, load_pipeline, positive, run, seed, unicode, whole
-from dit.data import find_captions, find_pictures, load_images
+from dit.data import describe_pictures, find_captions, find_pictures, load_images
 from dit.pictures import grid, save_each, save_figure, save_picture, to_pil
 from dit.train import OPTIMIZERS, SCHEDULES, Checkpoint, TrainConfig, fingerprint, fit
 from sparsecode import detach, trainable
@@ -133,6 +133,7 @@ def finetune(pipe, files, captions, args):
         if parallel.rank() == 0:
             check_out(args.out, args.resume)  # another run may have been here meanwhile
             remove_leftovers(args.out)
+            print(describe_pictures(args.images, files))
         losses = fit(pipe, images, captions, config, args.out / "adapter.safetensors", checkpoint, prompts)
         if parallel.rank() == 0:
             save_results(pipe, images, prompts, losses, args)

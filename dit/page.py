@@ -1,14 +1,17 @@
-"""A page about the most important atoms of an adapter: when each acts, where, and what the picture is without it.
+"""A page to play with an adapter: how many of its atoms, how dense, and what the picture is without each top atom.
 
     python -m dit.page --adapter runs/robot/adapter.safetensors --out atoms.html
 
-The page needs nothing but itself: pictures are inside it, and there are no scripts. The adapter must be a sparse one.
+The page is one file that needs no network: each picture is drawn beforehand and lies inside it. The adapter must be a
+sparse one.
 """
 
 import base64
 import io
 from html import escape
+from itertools import product
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
@@ -17,12 +20,14 @@ from tqdm import tqdm
 
 from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
-from dit.pictures import to_tensor
-from sparsecode import adapters, importance, keep_atoms, load_adapter, read_header, record_maps, top_atoms
+from dit.sample import variants
+from sparsecode import adapters, importance, load_adapter, read_header, record_maps, top_atoms
 from sparsecode.common import UserError, replacing
 from sparsecode.influence import scale_atoms
 
-SIDE = 192  # of a picture on the page, in pixels
+SIDE = 256  # of a picture on the page, in pixels
+COUNTS = (0, 4, 12, 40, 200)  # of atoms to keep; all of them is one more
+FACTORS = (0.25, 0.5, 1, 2)  # of the density that the adapter was trained with
 
 
 # ---- looking ----------------------------------------------------------------------------------------------------
@@ -47,13 +52,6 @@ def watch(pipe, prompt, noise, atoms, **options):
     return picture, torch.stack([seen[atom] for atom in atoms])  # (atoms, steps, h, w)
 
 
-def without(pipe, prompt, noise, atom, **options):
-    """The same picture when one atom (layer, m) is missing."""
-    layer, m = atom
-    with scale_atoms(pipe.transformer, {layer: [m]}, 0.0):
-        return pipe.generate([prompt], latents=noise, **options)[0]
-
-
 def overlay(picture, values, scale=None):
     """The picture in pale grey, and over it in red where values (h, w) are above zero, in blue where they are below.
 
@@ -68,99 +66,98 @@ def overlay(picture, values, scale=None):
     return Image.fromarray(((1 - alpha) * grey + alpha * colour).clip(0, 255).astype(np.uint8))
 
 
-def difference(picture, other, gain=4):
-    """What the first picture has more than the other, `gain` times as strong, on grey."""
-    a, b = to_tensor([picture, other])  # (3, H, W) each
-    return Image.fromarray(((a - b) * 127.5 * gain + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy())
+# ---- pieces of the page -----------------------------------------------------------------------------------------
+
+
+def inline(picture, words, attributes):
+    """An image element that holds the picture itself, at most SIDE pixels wide and high."""
+    file, picture = io.BytesIO(), picture.copy()
+    picture.thumbnail((SIDE, SIDE))
+    picture.save(file, "JPEG", quality=90, subsampling=0)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img {attributes} alt="{escape(words)}" src="data:image/jpeg;base64,{data}">'
+
+
+def bars(heights):
+    """A small plot, one bar for each number; the tallest fills it."""
+    step, scale = 100 / len(heights), 95 / max(*heights, 1e-12)
+    each = [f'x="{i * step:.2f}" y="{100 - h * scale:.2f}" height="{h * scale:.2f}"' for i, h in enumerate(heights)]
+    rectangles = "".join(f'<rect width="{0.8 * step:.2f}" {where}/>' for where in each)
+    return f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{rectangles}</svg>'
+
+
+def card(title, share, pictures, missing, s, length):
+    """One atom: its share of importance, the pictures with it and without it, s (seeds, steps, h, w) and ‖D_m‖."""
+    switched, maps = "", ""
+    for k, (full, other) in enumerate(zip(pictures, missing)):
+        switched += inline(full, "with this atom", f'class="with" data-seed="{k}"')
+        switched += inline(other, "without this atom", f'class="without" data-seed="{k}"')
+        maps += inline(overlay(full, s[k].mean(0)), "its map", f'data-seed="{k}"')
+    heights = s.abs().mean(dim=(0, 2, 3)) * length  # (seeds, steps, h, w) -> (steps,)
+    change = np.mean([np.abs(np.subtract(a, b, dtype=int)) for a, b in zip(pictures, missing)])  # of 255
+    return (
+        f"<article>\n<h3>{escape(title)}</h3>\n"
+        f"<p>{100 * share:.1f} % of all importance; without it, a pixel changes by {change:.1f} of 255</p>\n"
+        f'<label><input type="checkbox" checked>with this atom{switched}</label>\n'
+        f"<div>{bars(heights.tolist())}{maps}</div>\n</article>"
+    )
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.45 sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; border-top: 1px solid #ccc; padding-top: 1rem }}
-.row {{ display: flex; flex-wrap: wrap; gap: .8rem }}
-figure {{ margin: 0; width: 12rem }} figcaption {{ font-size: .8rem; color: #555 }}
-img, svg {{ display: block; width: 12rem; height: 12rem; object-fit: contain; image-rendering: pixelated }}
-svg {{ background: #f3f3f3 }} rect {{ fill: #2654c4 }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>An atom D_m of a layer is added S_m times to each patch of the picture; its importance is mean |S_m| · ‖D_m‖. The
-bars show it at each step of the sampler, from noise on the left to the picture on the right. The map shows S_m, the
-mean over the steps: red where the atom is added, blue where it is subtracted. Then the picture when this one atom is
-missing, and what the atom changes: the difference of the two pictures, four times as strong, on grey.</p>
-{sections}
-</body>
-</html>
-"""
+
+def stops(model, counts=None, densities=None):
+    """Where the sliders stop: numbers of atoms up to all, and densities with the trained one (None without top-k).
+
+    UserError, before any work, for a number of atoms or a density that cannot be.
+    """
+    layers = adapters(model).values()
+    total, own = sum(adapter.atoms for adapter in layers), next(iter(layers)).options.get("density")
+    counts = sorted({*(counts or [n for n in COUNTS if n < total]), total})
+    if own:
+        densities = sorted({own, *(densities or [min(1.0, own * factor) for factor in FACTORS])})
+    list(variants(model, densities, counts))
+    return counts, densities, own
 
 
-def boxed(content, caption):
-    return f"<figure>{content}<figcaption>{escape(caption)}</figcaption></figure>"
+def draw_stops(pipe, prompt, noise, counts, densities, **options):
+    """Yield an image element for each stop of the sliders and each row of noise (S, 4, h, w)."""
+    places = list(product(range(len(densities or [None])), range(len(counts))))
+    for words, (j, i) in zip(variants(pipe.transformer, densities, counts), tqdm(places, "sliders", disable=None)):
+        for k, picture in enumerate(pipe.generate([prompt] * len(noise), latents=noise, **options)):
+            yield inline(picture, words, f'data-atoms="{i}" data-density="{j}" data-seed="{k}"')
 
 
-def inline(picture, caption):
-    """A picture inside the page, no larger than it is shown."""
-    file, picture = io.BytesIO(), picture.copy()
-    picture.thumbnail((SIDE, SIDE))
-    picture.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return boxed(f'<img src="data:image/png;base64,{data}" alt="">', caption)
-
-
-def bars(heights, caption):
-    """A small plot inside the page, one bar for each number; the tallest fills it."""
-    step, scale = 100 / len(heights), 95 / max(*heights, 1e-12)
-    each = [f'x="{i * step:.2f}" y="{100 - h * scale:.2f}" height="{h * scale:.2f}"' for i, h in enumerate(heights)]
-    rectangles = "".join(f'<rect width="{0.8 * step:.2f}" {where}/>' for where in each)
-    return boxed(f'<svg viewBox="0 0 100 100" preserveAspectRatio="none">{rectangles}</svg>', caption)
-
-
-def section(title, *figures):
-    return f'<h2>{escape(title)}</h2>\n<div class="row">{"".join(figures)}</div>'
-
-
-def overview(pipe, prompt, noise, picture, n, total, **options):
-    """The picture with all atoms, with the best n, and with none."""
-    figures = [inline(picture, f"with all {total} atoms")]
-    for count, words in ((n, f"with the best {n} alone"), (0, "without any: the base model")):
-        keep_atoms(pipe.transformer, count)
-        figures.append(inline(pipe.generate([prompt], latents=noise, **options)[0], words))
-    keep_atoms(pipe.transformer, "all")
-    return section(f"“{prompt}”", *figures)
-
-
-def about_atom(title, picture, missing, s, length):
-    """One atom: s (steps, h, w) are its coefficients, `length` is ‖D_m‖, and `missing` the picture without it."""
-    heights = s.abs().mean(dim=(1, 2)) * length  # (steps, h, w) -> (steps,)
-    return section(
-        title,
-        bars(heights.tolist(), "when: importance, step by step"),
-        inline(overlay(picture, s.mean(0)), "where: its map"),
-        inline(picture, "with it"),
-        inline(missing, "without it"),
-        inline(difference(picture, missing), "what it changes, ×4"),
-    )
-
-
-def page(pipe, prompt, noise, n, **options):
-    """HTML about the n most important atoms, seen while the prompt is drawn from noise (1, 4, h, w)."""
-    model = pipe.transformer
-    ranked, layers, scores = top_atoms(model, n), adapters(model), torch.cat(list(importance(model).values()))
-    picture, maps = watch(pipe, prompt, noise, [(layer, m) for layer, m, _ in ranked], **options)
-    sections = [overview(pipe, prompt, noise, picture, n, len(scores), **options)]
+def draw_cards(pipe, prompt, noise, ranked, **options):
+    """Yield a card for each of the ranked atoms, seen while the prompt is drawn from noise (S, 4, h, w)."""
+    model, atoms = pipe.transformer, [(layer, m) for layer, m, _ in ranked]
+    everything = sum(score.sum().item() for score in importance(model).values())
+    pictures, maps = zip(*(watch(pipe, prompt, start[None], atoms, **options) for start in noise))
     for i, (layer, m, value) in enumerate(tqdm(ranked, "atoms", disable=None)):
-        title = f"{i + 1}. {layer}, atom {m}: {value / scores.sum().item():.1%} of all importance"
-        missing = without(pipe, prompt, noise, (layer, m), **options)
-        sections.append(about_atom(title, picture, missing, maps[i], layers[layer].D[m].norm().item()))
-    return PAGE.format(title=f"The {n} most important of {len(scores)} atoms", sections="\n".join(sections))
+        with scale_atoms(model, {layer: [m]}, 0.0):
+            missing = pipe.generate([prompt] * len(noise), latents=noise, **options)
+        title, length = f"{i + 1}. {layer}, atom {m}", adapters(model)[layer].D[m].norm().item()
+        s = torch.stack([seen[i] for seen in maps])  # (S, steps, h, w)
+        yield card(title, value / everything, pictures, missing, s, length)
+
+
+def page(pipe, prompt, seeds, noise, n, counts=None, densities=None, **options):
+    """HTML: the prompt drawn from noise (S, 4, h, w), a row for each seed, at each stop, and without each top atom."""
+    ranked = top_atoms(pipe.transformer, n)
+    counts, densities, own = stops(pipe.transformer, counts, densities)
+    shares = [f"{100 * rho:g} %{' (as trained)' * (rho == own)}" for rho in densities or []]
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(
+        prompt=escape(prompt),
+        title=f"The {n} most important of {counts[-1]:,} atoms",
+        counts="|".join(f"{count:,} of {counts[-1]:,}" for count in counts),
+        densities="|".join(shares) or "as trained",
+        own=densities.index(own) if own else 0,
+        seeds="|".join(map(str, seeds)),
+        rendering="auto" if min(noise.shape[2:]) * pipe.vae.config.factor >= SIDE else "pixelated",
+        cards="\n".join(draw_cards(pipe, prompt, noise, ranked, **options)),
+        pictures="\n".join(draw_stops(pipe, prompt, noise, counts, densities, **options)),
+    )
 
 
 # ---- the command ------------------------------------------------------------------------------------------------
@@ -172,8 +169,10 @@ def parse(argv=None):
     add = parser.add_argument
     add("--adapter", type=Path, required=True, help="sparse adapter.safetensors of dit.finetune")
     add("--prompt", type=unicode, help="what to draw (what the adapter was trained on)")
-    add("--top", type=whole, default=12, help="how many atoms to show")
-    add("--seed", type=seed, default=0, help="of the picture drawn")
+    add("--top", type=whole, default=12, help="how many atoms get a switch")
+    add("--keep-atoms", type=int, nargs="+", help=f"numbers of atoms to choose from ({', '.join(map(str, COUNTS))})")
+    add("--density", type=float, nargs="+", help="densities to choose from (¼, ½, 1 and 2 times the trained one)")
+    add("--seed", type=seed, nargs="+", default=[0, 1], help="of the noise, to choose from")
     add("--steps", type=whole, default=20)
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
     add("--height", type=whole)
@@ -199,8 +198,9 @@ def main(argv=None):
     pipe = load_pipeline(args)
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     load_adapter(pipe.transformer, args.adapter)
-    noise = pipe.noise([args.seed], args.height, args.width)  # (1, 4, h, w)
-    text = page(pipe, prompt, noise, args.top, steps=args.steps, guidance=args.guidance)
+    noise = pipe.noise(args.seed, args.height, args.width)  # (S, 4, h, w)
+    dials = {"counts": args.keep_atoms, "densities": args.density}
+    text = page(pipe, prompt, args.seed, noise, args.top, **dials, steps=args.steps, guidance=args.guidance)
     with replacing(args.out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(f"the {args.top} most important atoms in {args.out}: open it in a browser")

@@ -1,7 +1,10 @@
 """Pictures in and out: any file that PIL reads -> RGB, tensors <-> PIL images, and labelled grids of results."""
 
+import functools
+import importlib
 import textwrap
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,59 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sparsecode.common import UserError, replacing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# What PIL names a format -> the suffixes of its files. No other format is tried, whatever a file is called.
+FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg", ".jfif"), "WEBP": (".webp",), "BMP": (".bmp",),
+           "TIFF": (".tif", ".tiff"), "GIF": (".gif",), "AVIF": (".avif",), "HEIF": (".heic", ".heif"),
+           "JXL": (".jxl",)}  # fmt: skip
+# Where PIL alone cannot: the module to import, and what pip installs it by.
+PLUGINS = {"AVIF": ("pillow_avif", "pillow-avif-plugin"), "HEIF": ("pillow_heif", "pillow-heif"),
+           "JXL": ("pillow_jxl", "pillow-jxl-plugin")}  # fmt: skip
 SMALLEST = 16  # pixels; a smaller picture is a mistake rather than a motif
+
+
+@functools.cache
+def formats():
+    """Those of FORMATS that this PIL reads, with its plug-ins where they are installed."""
+    Image.init()
+    for name, (module, _) in PLUGINS.items():
+        try:
+            plugin = None if name in Image.OPEN else importlib.import_module(module)
+        except ImportError:
+            continue
+        if hasattr(plugin, "register_heif_opener"):
+            plugin.register_heif_opener()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def why_not(path):
+    """Why a file cannot be one of the pictures, in a few words; None if it can, by its name and kind."""
+    path = Path(path)
+    name = next((name for name, suffixes in FORMATS.items() if path.suffix.lower() in suffixes), None)
+    if path.is_dir():
+        return "a folder"
+    if not path.is_file():
+        return "not a file"
+    if name is None:
+        return "not a picture by its name"
+    if name not in formats():
+        return f"needs pip install {PLUGINS[name][1]}"
+
+
+@contextmanager
+def _opened(path):
+    """The PIL image in a file; UserError for whatever goes wrong while it is read."""
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise UserError(f"{path} cannot be read as a picture (there is no such file); check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=formats()) as image:
+                yield image
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down") from None
+    except Exception as error:  # PIL's decoders raise whatever their format does
+        reason = why_not(path) or f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} cannot be read as a picture ({reason}); replace it") from None
 
 
 def open_picture(path):
@@ -20,12 +74,8 @@ def open_picture(path):
     Grey, palette, transparent (onto white), 16-bit and CMYK pictures are converted. UserError for a file that is no
     picture, is cut short, or is smaller than 16 pixels along a side.
     """
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _to_rgb(ImageOps.exif_transpose(image))  # decodes the pixels
-    except Exception as error:  # PIL's decoders raise whatever their format does
-        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}: {error}); replace it") from None
+    with _opened(path) as image:
+        image = _to_rgb(ImageOps.exif_transpose(image))  # decodes the pixels
     if min(image.size) < SMALLEST:
         raise UserError(f"{path} is {image.width}×{image.height} pixels; give one of at least {SMALLEST}×{SMALLEST}")
     return image
@@ -43,6 +93,12 @@ def _to_rgb(image):
 def square(image, side):
     """The middle of a picture, side × side pixels."""
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
+
+
+def share_cut(path):
+    """How much of a picture's area `square` leaves out. The header of the file tells, no pixels are decoded."""
+    with _opened(path) as image:
+        return 1 - min(image.size) / max(image.size)
 
 
 def to_pil(images):
@@ -64,11 +120,12 @@ def to_bytes(images):
 
 def grid(rows, side=128):
     """One picture out of rows of (label, list of PIL images of side × side), each row under its label if it has one."""
-    gap, font = 8, ImageFont.load_default(13)
+    gap, letter = 8, max(13, side // 24)  # pixels; readable beside large pictures too
+    font, line = ImageFont.load_default(letter), letter + 4
     columns = max(len(images) for _, images in rows)
     width = gap + columns * (side + gap)
     lines = [_wrap(label, font, width - 2 * gap) for label, _ in rows]
-    heights = [gap + 17 * len(text) * any(text) + side for text in lines]
+    heights = [gap + line * len(text) * any(text) + side for text in lines]
     canvas = Image.new("RGB", (width, sum(heights) + gap), "white")
     pen, y = ImageDraw.Draw(canvas), 0
     for text, (_, images), height in zip(lines, rows, heights):
@@ -121,7 +178,7 @@ def side_by_side(pictures):
 
 def check_picture_path(path):
     """UserError now rather than after minutes of work, if no picture can be written under that name."""
-    if Path(path).suffix.lower() not in SUFFIXES:
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE.keys() & FORMATS.keys():
         raise UserError(f"{path} does not end like a picture; name it something.png")
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder; name a file")

@@ -2,12 +2,15 @@
 fit is refused in one line. Tolerance of outputs, float32: ‖ours − theirs‖ / ‖theirs‖ ≤ 2e-5, 5e-5 for the autoencoder.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -129,6 +132,75 @@ def test_the_usual_file_goes_before_variants_of_it(tmp_path):
     randomize(diffusers_vae(), seed=9).save_pretrained(tmp_path, variant="fp16")
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert torch.equal(output("vae", load_vae(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_shards_of_a_variant(tmp_path, part):
+    """diffusers and transformers name them differently; float32 shards beside them go first."""
+    theirs = THEIRS[part]().half()
+    theirs.save_pretrained(tmp_path, variant="fp16", max_shard_size="12KB")
+    assert len(list(tmp_path.glob("*fp16*.safetensors"))) > 1
+    assert relative(output(part, LOADERS[part](tmp_path)), output(part, theirs.float())) < TOLERANCE[part]
+    other = randomize(THEIRS[part](), seed=9)
+    other.save_pretrained(tmp_path, max_shard_size="12KB")
+    assert relative(output(part, LOADERS[part](tmp_path)), output(part, other)) < TOLERANCE[part]
+
+
+def test_shards_without_their_index(tmp_path):
+    saved("vae", tmp_path, max_shard_size="12KB")
+    next(tmp_path.glob("*.index.json")).unlink()
+    refused(load_vae, tmp_path, "-00001-of-", "no index of the shards; download")
+
+
+def test_float16_keeps_the_layers_of_t5_that_overflow_in_float32(tmp_path):
+    theirs = transformers_encoder(num_layers=3)
+    for block in theirs.encoder.block:
+        block.layer[1].DenseReluDense.wo.weight.data *= 1e5  # beyond the 65504 of float16 after the first block
+    theirs.save_pretrained(tmp_path)
+    edit(weights_file(tmp_path), lambda tensors: None)
+    reference = T5EncoderModel.from_pretrained(tmp_path, dtype=torch.float16)
+    ours = load_text_encoder(tmp_path, torch.float16)
+    assert ours.blocks[0].wo.weight.dtype == torch.float32 and ours.blocks[0].wi_0.weight.dtype == torch.float16
+    result, exact = output("text_encoder", ours), output("text_encoder", theirs)
+    assert result.dtype == torch.float16 and result.isfinite().all()
+    # float16 rounds to 2⁻¹¹ = 0.05 %, which three layers multiply by some ten; transformers' is no better.
+    assert relative(result, exact) < max(5e-3, 1.5 * relative(output("text_encoder", reference), exact))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_numbers_that_are_not_finite(tmp_path, value):
+    edit(weights_file(saved("vae", tmp_path)), lambda tensors: tensors["decoder.conv_in.bias"][2:3].fill_(value))
+    if value == 1e38:
+        load_vae(tmp_path)  # only float16 is too small
+        refused(partial(load_vae, dtype=torch.float16), tmp_path, "decoder.conv_in.bias", "infinity as float16")
+    else:
+        refused(load_vae, tmp_path, "decoder.conv_in.bias", "NaN or infinity as float32")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "words"),
+    [("transformer", "num_layers", "too few for"), ("text_encoder", "num_layers", "too few for"),
+     ("vae", "layers_per_block", "too few for"), ("transformer", "patch_size", "expected")],
+)  # fmt: skip
+def test_sizes_are_compared_with_the_file_before_anything_is_built(tmp_path, part, field, words, monkeypatch):
+    saved(part, tmp_path)
+    monkeypatch.setattr(checkpoint, "_skeleton", lambda *_: pytest.fail("a model was built"))
+    for value in (10**6, 10**9, 10**30):
+        edit_json(tmp_path / "config.json", **{field: value})
+        refused(LOADERS[part], tmp_path, "", words if value < 2**20 else "expected a whole number from 1")
+
+
+def test_sizes_beyond_64_bits(tmp_path):
+    sizes = dict(num_attention_heads=2**10, attention_head_dim=2**10, cross_attention_dim=2**20, in_channels=2**20)
+    edit_json(saved("transformer", tmp_path) / "config.json", **sizes, patch_size=2048, sample_size=2048)
+    refused(load_transformer, tmp_path, str(tmp_path), "impossible sizes")
+
+
+@pytest.mark.parametrize("held", [argparse.Namespace(lr=1), np.float64(3)])
+def test_a_pth_that_holds_more_than_tensors(tmp_path, held):
+    torch.save({"state_dict": original_state(diffusers_transformer()), "more": held}, tmp_path / "a.pth")
+    name = "argparse.Namespace" if isinstance(held, argparse.Namespace) else "numpy"
+    refused(load_transformer, tmp_path / "a.pth", "a.pth", f"holds {name}.* beside tensors")
 
 
 def test_nulls_and_class_name_of_the_released_config(tmp_path):

@@ -1,13 +1,18 @@
 """Any picture becomes upright RGB; captions come from where they are promised; what is wrong is said in one line."""
 
 import json
+import os
+import sys
+import types
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dit.data import encode, find_captions, find_pictures, load_images
+from dit import pictures
+from dit.data import describe_pictures, encode, find_captions, find_pictures, load_images
 from dit.pictures import check_picture_path, grid, open_picture, square, to_pil, to_tensor
 from dit.pipeline import Pipeline
 from sparsecode.common import UserError
@@ -174,7 +179,7 @@ def test_a_missing_empty_or_undecodable_caption(folder):
                                   '{"file_name": "b.png", "text": "\\ud800"}'])  # fmt: skip
 def test_a_bad_line_of_metadata(folder, line):
     (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "good"}\n' + line)
-    with pytest.raises(UserError, match="metadata.jsonl line 2 is not"):
+    with pytest.raises(UserError, match="metadata.jsonl line 2"):
         find_captions([folder / "b.png"])
 
 
@@ -188,3 +193,82 @@ def test_encode(tiny, folder):
     torch.testing.assert_close(data.mirrored, pipe.encode_images(images.flip(3)))
     assert torch.equal(data.text, text) and torch.equal(data.text_mask, mask)
     assert len(data) == 2 and encode(pipe, images, captions).mirrored is None
+
+
+# ---- what is skipped, cut or hostile ----------------------------------------------------------------------------
+
+
+def test_one_line_about_the_pictures(folder, monkeypatch):
+    """Every file beside the pictures is named with a reason, and the picture that the square cuts most."""
+    monkeypatch.setattr(pictures, "formats", lambda: ["PNG", "JPEG"])
+    Image.new("RGB", (160, 90), RED).save(folder / "wide.jfif", format="JPEG")
+    (folder / "IMG.HEIC").write_bytes(b"")
+    (folder / "more").mkdir()
+    (folder / "a.txt").write_text("a red robot")
+    files = find_pictures([folder])
+    assert [file.name for file in files] == ["a.jpg", "b.png", "wide.jfif"]
+    assert describe_pictures([folder], files) == (
+        "3 pictures, skipped IMG.HEIC (needs pip install pillow-heif), skipped more (a folder), "
+        "skipped notes.md (not a picture by its name), the middle square leaves out 44% of wide.jfif"
+    )
+    assert describe_pictures([files[0]], files[:1]) == "1 picture, a.jpg"
+    with pytest.raises(UserError, match="IMG.HEIC cannot be read .*pip install pillow-heif"):
+        open_picture(folder / "IMG.HEIC")
+
+
+def test_formats_of_plug_ins_are_read_where_they_are_installed(monkeypatch):
+    called = []
+    for name in [name for name in ("HEIF", "JXL") if name in Image.OPEN]:
+        monkeypatch.delitem(Image.OPEN, name)
+    heif = types.SimpleNamespace(register_heif_opener=lambda: (called.append(1), Image.register_open("HEIF", None)))
+    monkeypatch.setitem(sys.modules, "pillow_heif", heif)
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)  # as if it were not installed
+    assert "HEIF" in pictures.formats.__wrapped__() and "JXL" not in pictures.formats.__wrapped__()
+    assert called == [1]
+    Image.OPEN.pop("HEIF"), Image.ID.remove("HEIF")
+
+
+@pytest.mark.skipif("AVIF" not in pictures.formats(), reason="this Pillow does not read AVIF")
+def test_avif(tmp_path):
+    Image.new("RGB", (20, 20), RED).save(tmp_path / "new.avif", quality=100)
+    assert np.abs(np.array(pixel(tmp_path / "new.avif")) - RED).max() < 10
+
+
+def test_too_many_pixels_are_refused_in_our_words(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "big.png")
+    for limit in (1000, 500):  # PIL warns above the limit, and raises above twice the limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserError, match=f"big.png has more than {limit:,} pixels; scale it down"):
+                open_picture(tmp_path / "big.png")
+
+
+def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was called"))
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "EPS"  # PIL would
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(folder):
+    for name in ("pipe.png", "b.txt"):
+        os.mkfifo(folder / name)
+    assert find_pictures([folder]) == [folder / "a.jpg", folder / "b.png"]
+    assert "skipped pipe.png (not a file)" in describe_pictures([folder], [folder / "b.png"])
+    with pytest.raises(UserError, match="there is no picture"):
+        find_pictures([folder / "pipe.png"])
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        open_picture(folder / "pipe.png")
+    with pytest.raises(UserError, match="b.txt is not a file"):
+        find_captions([folder / "b.png"])
+
+
+def test_a_caption_with_a_large_suffix(folder):
+    Image.new("RGB", (20, 20), RED).save(folder / "IMG.JPG")
+    (folder / "IMG.TXT").write_text("a red robot")
+    assert find_captions([folder / "IMG.JPG"]) == ["a red robot"]

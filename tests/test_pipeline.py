@@ -1,5 +1,7 @@
 """The shipped pipeline: the pictures of diffusers, and pictures that show what the captions say."""
 
+import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dit import pipeline
 from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
 from dit.tiny.judge import CLASSES, Judge, captions_to_judge, load_judge, right, score
@@ -42,6 +45,96 @@ def test_same_pictures_as_diffusers(pipe, guidance):
     for a, b in zip(ours, pictures):
         # One level is what rounding float32 results to bytes can differ by; two leave room for 20 guided steps.
         assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 2
+
+
+def test_negative_prompt_equals_diffusers(pipe):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.PixArtSigmaPipeline.from_pretrained(TINY, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    prompts, negative = ["a red star on a blue background", "a moon"], "A star at the top left"
+    latents = pipe.noise([3, 4])
+    ours = pipe.generate(prompts, latents=latents, guidance=3, steps=8, negative_prompt=negative)
+    pictures = theirs(
+        prompts, latents=latents.clone(), guidance_scale=3, num_inference_steps=8, height=64, width=64,
+        negative_prompt=negative, use_resolution_binning=False, clean_caption=False,
+    ).images  # fmt: skip
+    plain = pipe.generate(prompts, latents=latents, guidance=3, steps=8)
+    for a, b, c in zip(ours, pictures, plain):
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 2
+        assert np.abs(np.asarray(a, dtype=int) - np.asarray(c, dtype=int)).max() > 20
+
+
+def test_one_latent_for_each_prompt(pipe):
+    for count in (0, 1, 3):
+        with pytest.raises(UserError, match=f"{count} latents for 2 prompts"):
+            pipe.generate(["a star", "a moon"], latents=torch.zeros(count, 4, 16, 16))
+    with pytest.raises(UserError, match=r"a list of one str or more, not \[\]"):
+        pipe.generate([])
+    with pytest.raises(UserError, match="3 latents for 1 prompts"):
+        next(pipe.sample(torch.zeros(3, 4, 16, 16), *pipe.encode_prompt(["a star"])))
+
+
+def test_t5_goes_before_the_other_parts_come(tiny, monkeypatch):
+    seen, alive = [], []
+    for name in ("load_text_encoder", "load_transformer", "load_vae"):
+        load = getattr(pipeline, name)
+
+        def loading(*args, name=name, load=load):
+            seen.append((name, [kind for kind, part in alive if part() is not None]))
+            part = load(*args)
+            alive.append((name, weakref.ref(part)))
+            return part
+
+        monkeypatch.setattr(pipeline, name, loading)
+    fresh = Pipeline.from_folder(tiny, device="cpu")
+    assert fresh.resolution == 16 and fresh.multiple == 4 and seen == []  # the configs tell
+    fresh.generate(["a star", "a robot"], steps=2)
+    assert seen == [("load_text_encoder", []), ("load_transformer", []), ("load_vae", ["load_transformer"])]
+
+
+def test_nan_is_never_a_picture(pipe):
+    with pytest.raises(UserError, match="the latents became NaN or infinite in float32"):
+        pipe.decode(torch.full((1, 4, 8, 8), torch.nan))
+    with pytest.raises(UserError, match="the latents became NaN"):
+        pipe.generate(["a star"], latents=torch.full((1, 4, 8, 8), 1e38), steps=2)
+    with pytest.raises(UserError, match="the latents of a picture"):
+        pipe.encode_images(torch.full((1, 3, 16, 16), torch.inf))
+
+
+def test_float16_draws_the_same_picture(pipe):
+    half = Pipeline.from_folder(TINY, torch.float16, "cpu")
+    assert half.vae.dtype == torch.float32
+    a, b = (to_tensor(p.generate(["a red star on a blue background"], steps=4)) for p in (pipe, half))
+    assert -10 * ((a - b) / 2).square().mean().log10() > 30
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "not JSON"), ("[1]", "expected an object"), ('{"guidance": "strong"}', "guidance"),
+     ("[" * 100000, "not JSON"), ('{"finetune": 3}', "finetune"), ('{"guidance": NaN}', "not JSON")],
+)  # fmt: skip
+def test_damaged_defaults(tiny, tmp_path, text, words):
+    folder = shutil.copytree(tiny, tmp_path / "tiny")
+    (folder / "defaults.json").write_text(text)
+    with pytest.raises(UserError, match=f"defaults.json.*{words}"):
+        Pipeline.from_folder(folder)
+
+
+def test_more_tokens_than_the_text_encoder_knows(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "tiny")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"extra_ids": 1000}')
+    with pytest.raises(UserError, match="text_encoder/ knows 400"):
+        Pipeline.from_folder(folder).encode_prompt(["a star"])
+
+
+def test_devices(monkeypatch):
+    with pytest.raises(UserError, match="device mps cannot be used") as error:
+        pipeline.find_device("mps")
+    assert len(str(error.value)) < 250
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there)
+        assert pipeline.find_device().type == ("mps" if there else "cpu")
 
 
 def test_generate_does_not_depend_on_the_batch(pipe):
@@ -126,7 +219,7 @@ def test_a_pipeline_without_a_judge_is_refused(tiny):
 
 
 def test_t5_on_a_device_of_its_own(tiny):
-    pipe = Pipeline.from_folder(tiny, device="meta", text_device="cpu")
+    pipe = Pipeline.from_folder(tiny, device=torch.device("meta"), text_device="cpu")
     text, mask = pipe.encode_prompt(["a red star"])
     assert {p.device.type for p in pipe.text_encoder.parameters()} == {"cpu"}
     assert text.device.type == mask.device.type == "meta"

@@ -183,6 +183,22 @@ def test_refusals(tmp_path, spiece):
         load_tokenizer(tmp_path)
 
 
+def test_what_is_cut_off_a_prompt_is_said(spiece):
+    with pytest.warns(UserWarning, match="prompt of 4.. tokens is cut to 300; lost: '.*blue birds'"):
+        Tokenizer(spiece, extra_ids=3)(["cat " * 200 + "snow </s> <extra_id_1> cat " * 60 + "blue birds"])
+    with pytest.raises(UserError, match="has 400,000 characters; cut it to 10,000"):
+        Tokenizer(spiece)(["a cat, " * 57142 + "a cat."])
+
+
+def test_extra_ids_beyond_reason(tmp_path, spiece):
+    (tmp_path / "spiece.model").write_bytes(spiece.read_bytes())
+    for value in (1000000000, -1, True, "\"many\"", 1.5):
+        text = value if isinstance(value, str) else json.dumps(value)
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"extra_ids": {text}}}')
+        with pytest.raises(UserError, match="extra_ids is .*; expected a whole number from 0 to 1000"):
+            load_tokenizer(tmp_path)
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     lines = iter([" ".join(WORDS)] * 50)
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(tmp_path / "spiece"),

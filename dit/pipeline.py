@@ -1,7 +1,7 @@
 """All parts together: prompt -> text embedding, picture <-> latent, and generation with guidance.
 
 pipe = Pipeline.from_folder("weights/tiny")
-pipe.generate(["a red star on a blue background"])[0].save("star.png")
+pipe.generate(["a fox on a striped blue background"])[0].save("fox.png")
 """
 
 from functools import cached_property

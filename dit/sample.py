@@ -1,6 +1,6 @@
 """Draw prompts, with or without an adapter, as a labelled grid: how few atoms carry a concept (Fig. 3).
 
-python -m dit.sample "a red star on a blue background" --seed 0 1 2 3
+python -m dit.sample "a fox on a striped blue background" --seed 0 1 2 3
 python -m dit.sample "a robot on a red background" --adapter runs/robot/adapter.safetensors --keep-atoms 0 4 40 all
 """
 

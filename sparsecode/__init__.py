@@ -2,7 +2,7 @@
 
 from .adapter import SparseAdapter, SparseAttention
 from .atoms import importance, keep_atoms, orthogonality, record_maps, record_usage, set_density, top_atoms
-from .attach import adapters, attach, detach, trainable
+from .attach import adapters, attach, detach, set_scale, trainable
 from .attention import Attention, attention_as_dictionary
 from .baselines import OFT, DoRA, LoRA
 from .common import UserError, replacing
@@ -52,6 +52,7 @@ __all__ = [
     "save_adapter",
     "scale_atoms",
     "set_density",
+    "set_scale",
     "soft_threshold",
     "sparse_cost",
     "top_atoms",

@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention import merge_heads, split_heads
 from .common import UserError, checksum, is_number, is_whole
+from .kinds import kind_of
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 THRESHOLDS = ("top_k", "soft", "relu")
@@ -20,6 +21,7 @@ class Adapter(nn.Module):
     def __init__(self):
         super().__init__()
         self._memory = None
+        self.scale = 1.0  # of ΔO; `set_scale`
 
     def _apply(self, fn, recurse=True):
         """`model.to(torch.bfloat16)` and the like move an adapter, but leave it as precise as it was."""
@@ -124,62 +126,88 @@ class SparseAdapter(Adapter):
         return self.sigma(mixed) if self.order == "after" else mixed  # (B, N, M)
 
     def forward(self, coefficients):
-        """ΔO = S D, over the atoms that are kept"""
-        atoms = self.D * self.keep[:, None]  # (M, C_o)
+        """scale · ΔO = scale · S D, over the atoms that are kept"""
+        atoms = self.D * self.keep[:, None] * self.scale  # (M, C_o)
         return coefficients @ atoms.to(coefficients.dtype)  # (B, N, M) x (M, C_o) -> (B, N, C_o)
 
     def silent(self):
-        """Whether ΔO is zero for every input: D untrained, or no atom kept. torch.compile takes it for not silent.
+        """Whether ΔO is zero for every input: scale 0, D untrained, or no atom kept.
 
-        Asking a GPU waits for it, so the answer is remembered.
+        torch.compile takes it for not silent. Asking a GPU waits for it, so the answer is remembered.
         """
         if torch.compiler.is_compiling():
             return False
+        if self.scale == 0:
+            return True
         return self.remembered(lambda: not (self.D.any(dim=1) & self.keep).any().item(), self.D, self.keep)
+
+
+class NotAlone(torch.Tensor):
+    """A weight that fused kernels leave alone: PyTorch's fast paths ask for tensors of no special class."""
 
 
 class SparseAttention(nn.Module):
     """O + ΔO = O + S D, with S from the same attention map as O    (Eq. 9)
 
-    Wraps an `Attention` and has its signature. With `context`, X in X W_s is the context: the tokens
-    that V is made of.
+    Wraps an attention of any kind in `kinds.py`, has its signature, and lends its attributes. X in X W_s are the tokens
+    that V is made of: of cross-attention, the context.
     """
 
     def __init__(self, base, adapter):
         super().__init__()
         self.base, self.adapter = base, adapter
+        self.together = (adapter,)  # the adapters of the whole model, for __getattr__
 
-    def forward(self, x, context=None, mask=None):
+    def __getattr__(self, name):
+        """The base's attributes, for code that reads them, such as nn.TransformerEncoderLayer.
+
+        Without gradients that layer takes the weights and computes everything itself, past this module. It may do so
+        only while all adapters are silent: nn.TransformerEncoder decides for all its layers at once.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+        value = getattr(self.base, name)
+        if isinstance(value, nn.Parameter) and (torch.is_grad_enabled() or not all(a.silent() for a in self.together)):
+            return value.as_subclass(NotAlone)
+        return value
+
+    def take_apart(self, args, kwargs):
+        kind = kind_of(self.base)
+        if obstacle := kind.obstacle(self.base):  # something can have changed since `attach`
+            raise UserError(f"this attention cannot be taken apart: {obstacle}")
+        return kind.take_apart(self.base, *args, **kwargs)
+
+    def forward(self, *args, **kwargs):
         """One pass A [V | X W_s] gives O and S together.
 
         Fused kernels want q, k and v equally wide: q and k are padded with zeros, and the scale stays
-        that of the unpadded head. Padding can change how a kernel rounds O, so a silent adapter takes
-        O from a pass of its own: then the output is the base model's to the bit. (torch.compile pads always.)
+        that of the unpadded head. Padding can change how a kernel rounds O, so with a silent adapter O comes
+        from the base itself, to the bit. (torch.compile pads always.)
 
         Fused kernels take heads of up to 256 numbers. Here a head has C/H + M/H: in PixArt-Σ 72 + M/16, which is 88 at
         M = 256. Above M = 2,944 the fused kernels are lost, and the slow one takes over.
         """
-        q, k, v = self.base.project(x, context)  # (B, H, N, C/H), (B, H, L, C/H), (B, H, L, C/H)
-        z = self.adapter.encode(x if context is None else context)  # (B, L, M)
-        z = split_heads(z, self.base.heads)  # (B, L, M) -> (B, H, L, M/H)
-        width, extra = v.shape[-1], z.shape[-1]  # C/H, M/H
-        mixed = self.base.attend(
-            F.pad(q, (0, extra)),  # (B, H, N, C/H + M/H)
-            F.pad(k, (0, extra)),  # (B, H, L, C/H + M/H)
-            torch.cat([v, z], dim=-1),  # (B, H, L, C/H + M/H)
-            mask,
-            scale=width**-0.5,
+        parts = self.take_apart(args, kwargs)  # q (B, H, N, C/H), k and v (B, H, L, C/H)
+        z = self.adapter.encode(parts.tokens)  # (B, L, M)
+        z = split_heads(z, self.adapter.heads)  # (B, L, M) -> (B, H, L, M/H)
+        width, extra = parts.v.shape[-1], z.shape[-1]  # C/H, M/H
+        mixed = parts.attend(
+            F.pad(parts.q, (0, extra)),  # (B, H, N, C/H + M/H)
+            F.pad(parts.k, (0, extra)),  # (B, H, L, C/H + M/H)
+            torch.cat([parts.v, z], dim=-1),  # (B, H, L, C/H + M/H)
         )
         o, s = mixed.split([width, extra], dim=-1)  # (B, H, N, C/H), (B, H, N, M/H)
-        if self.adapter.silent():
-            o = self.base.attend(q, k, v, mask)  # (B, H, N, C/H)
         s = self.adapter.coefficients(merge_heads(s))  # (B, H, N, M/H) -> (B, N, M)
-        return self.base.output(o) + self.adapter(s)  # (B, N, C)
+        result = self.base(*args, **kwargs) if self.adapter.silent() else parts.output(o)
+        return parts.add(result, self.adapter(s))
 
-    def forward_naive(self, x, context=None, mask=None):
+    def forward_naive(self, *args, **kwargs):
         """The same as it stands in the paper: O first, then S from the attention map written out."""
-        q, k, _ = self.base.project(x, context)  # (B, H, N, C/H), (B, H, L, C/H)
-        a = self.base.attention_map(q, k, mask)  # (B, H, N, L)
-        z = self.adapter.encode(x if context is None else context)  # (B, L, M)
-        mixed = merge_heads(a @ split_heads(z, self.base.heads))  # (B, H, N, L) x (B, H, L, M/H) -> (B, N, M)
-        return self.base(x, context, mask) + self.adapter(self.adapter.coefficients(mixed))  # (B, N, C)
+        parts = self.take_apart(args, kwargs)
+        a = parts.attention_map()  # (B, H, N, L)
+        z = self.adapter.encode(parts.tokens)  # (B, L, M)
+        mixed = merge_heads(a @ split_heads(z, self.adapter.heads))  # (B, H, N, L) x (B, H, L, M/H) -> (B, N, M)
+        return parts.add(self.base(*args, **kwargs), self.adapter(self.adapter.coefficients(mixed)))

@@ -6,16 +6,15 @@ import re
 import torch
 
 from .adapter import SparseAdapter, SparseAttention
-from .attention import Attention
 from .baselines import OFT, AdaptedLinear, DoRA, LoRA
-from .common import UserError
+from .common import UserError, is_number
+from .kinds import kind_of
 
 METHODS = {adapter.method: adapter for adapter in (SparseAdapter, LoRA, DoRA, OFT)}
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 
 
 def attach(model, method="sparse", target="attn1", **options):
-    """Freeze `model` and put an adapter on each `Attention` whose dotted name matches `target`.
+    """Freeze `model` and put an adapter on each attention whose dotted name matches `target`.
 
         "sparse"          atoms=256, density=0.02, threshold="top_k"
                           threshold="soft" | "relu" with lam;  order="before" | "after"
@@ -51,7 +50,14 @@ def sites_of(model, method, target):
     if not matches:
         names = ", ".join(attentions(model)) or "none"
         raise UserError(f"no attention is named like {target!r}; the model has {names}")
-    return list(matches) if method == "sparse" else [f"{name}.{part}" for name in matches for part in PROJECTIONS]
+    for name, attention in matches.items():
+        if obstacle := kind_of(attention).obstacle(attention):
+            raise UserError(f"{name} cannot be taken apart: {obstacle}")
+        if method != "sparse" and not kind_of(attention).projections:
+            raise UserError(f"{name} keeps q, k and v in one weight; {method} needs Linears, 'sparse' does not")
+    if method == "sparse":
+        return list(matches)
+    return [f"{name}.{part}" for name, attention in matches.items() for part in kind_of(attention).projections]
 
 
 def wrap(model, method, sites, target, options):
@@ -69,7 +75,7 @@ def wrap(model, method, sites, target, options):
     for site in sites:
         base = model.get_submodule(site)
         if method == "sparse":
-            adapter = SparseAdapter(base.to_k.in_features, base.dim, base.heads, **options)
+            adapter = SparseAdapter(*kind_of(base).sizes(base), **options)
             wrappers[site] = SparseAttention(base, adapter)
         else:
             wrappers[site] = AdaptedLinear(base, METHODS[method](base, **options))
@@ -80,10 +86,24 @@ def wrap(model, method, sites, target, options):
     return wrappers
 
 
+def set_scale(model, scale):
+    """O + s ΔO from now on, for what each adapter adds to its attention or Linear: 1 as trained, 0 the base to the bit.
+
+    For DoRA and OFT it blends the outputs of the frozen and the adapted Linear. The scale is not saved.
+    """
+    if not attached(model):
+        raise UserError("no adapter is attached to this model; attach or load one first")
+    if not is_number(scale):
+        raise UserError(f"scale={scale!r} is not a number; choose one like 0.7")
+    for wrapper in attached(model).values():
+        wrapper.adapter.scale = float(scale)
+
+
 def install(model, wrappers):
     model.requires_grad_(False)
     for name, wrapper in wrappers.items():
         model.set_submodule(name, wrapper)
+        wrapper.together = tuple(other.adapter for other in wrappers.values())
 
 
 def attentions(model, target=""):
@@ -93,7 +113,7 @@ def attentions(model, target=""):
     except re.error as error:
         raise UserError(f"target={target!r} is no regular expression ({error}); fix it") from None
     plain = {wrapper.base: name for name, wrapper in attached(model).items()}
-    found = {plain.get(m, name): m for name, m in model.named_modules() if name and isinstance(m, Attention)}
+    found = {plain.get(m, name): m for name, m in model.named_modules() if name and kind_of(m)}
     return {name: attention for name, attention in found.items() if pattern.search(name)}
 
 

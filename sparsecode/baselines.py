@@ -19,9 +19,13 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base, adapter):
         super().__init__()
         self.base, self.adapter = base, adapter
+        self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x):
-        return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+        if self.adapter.scale == 1:
+            return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+        y = self.base(x)  # (..., C_i) -> (..., C_o)
+        return y if self.adapter.scale == 0 else y + self.adapter.scale * (self.adapter(x, self.base) - y)
 
 
 class LoRA(Adapter):

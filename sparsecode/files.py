@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from . import peft_layout
 from .attach import METHODS, attached, attentions, install, sites_of, wrap
 from .common import COUNT, NUMBER, OBJECT, TEXT, UserError, checksum, object_of, read_json, replacing, write_tensors
+from .kinds import kind_of
 
 FORMAT = "1"  # of the adapter file; raise it whenever the meaning of a file changes
 OPTIONS = {"atoms": COUNT, "density": NUMBER, "threshold": TEXT, "lam": NUMBER, "order": TEXT}
@@ -99,7 +101,7 @@ def load_adapter(model, path):
             sites = [site for site in sites if peft_layout.is_target(site, listed, keys)]
         else:
             named = {key.rpartition(".")[0] for key in keys}
-            sites = [site for site in sites if site in named]
+            sites = [site for site in sites if _plain(site) in named]
         if not sites:
             raise UserError(f"{file} has {_some(sorted(keys) or ['nothing'])}, which is for no attention of this model")
         if header.get("adapters", str(len(sites))) != str(len(sites)):  # files of the past do not say how many
@@ -135,7 +137,12 @@ def weights_checksums(model):
         if id(value) not in ours:
             part = ".".join([word for word in name.split(".") if word != "base"][:2])  # as without adapters
             parts.setdefault(part, []).append(value)
-    return {part: checksum(*values, dtype=torch.bfloat16) for part, values in parts.items()}
+    return {part: checksum(*_sorted(values), dtype=torch.bfloat16) for part, values in parts.items()}
+
+
+def _sorted(values):
+    """In an order that does not depend on how a library names and orders them."""
+    return sorted(values, key=lambda value: (tuple(value.shape), checksum(value, dtype=torch.bfloat16)))
 
 
 def _read_peft_header(folder):
@@ -155,13 +162,18 @@ def _read_peft_header(folder):
 
 def _attentions_of(sites, method):
     """Names of the attentions that are adapted, or whose projections are."""
-    return list(dict.fromkeys(site if method == "sparse" else site.rpartition(".")[0] for site in sites))
+    return list(dict.fromkeys(site if method == "sparse" else _plain(site).rpartition(".")[0] for site in sites))
+
+
+def _plain(site):
+    """The name in a file: diffusers' to_out is a list of a Linear and a dropout, ours a Linear."""
+    return site.removesuffix(".0") if site.endswith(".to_out.0") else site
 
 
 def _state(wrappers):
     """Every adapter's parameters and persistent buffers by full name, sharing memory with it."""
     return {
-        f"{name}.{key}": value
+        f"{_plain(name)}.{key}": value
         for name, wrapper in wrappers.items()
         for key, value in wrapper.adapter.state_dict().items()
     }
@@ -205,21 +217,21 @@ def _base(model, names):
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
         return json.loads(json.dumps(dataclasses.asdict(config)))  # as a file gives it back
-    return {name: f"width {a.dim}, {a.heads} heads" for name, a in attentions(model).items() if name in names}
+    if isinstance(config, Mapping):  # diffusers' models have one
+        return {key: value for key, value in config.items() if isinstance(value, (str, int, float)) and key[0] != "_"}
+    sizes = {name: kind_of(a).sizes(a) for name, a in attentions(model).items() if name in names}
+    return {name: f"width {width}, {heads} heads" for name, (_, width, heads) in sizes.items()}
 
 
 def _check_base(path, theirs, ours):
-    differing = [
-        f"{key} is {theirs.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
-        for key in {**theirs, **ours}
-        if theirs.get(key, "absent") != ours.get(key, "absent")
-    ]
-    if differing:
-        raise UserError(f"{path} was trained on another base model: {'; '.join(differing)}")
+    shared = [key for key in theirs if key in ours]  # a config of diffusers' says more than ours
+    differing = [f"{key} is {theirs[key]} there and {ours[key]} here" for key in shared if theirs[key] != ours[key]]
+    if differing or not shared:
+        raise UserError(f"{path} was trained on another base model: {'; '.join(differing) or 'no config is like it'}")
 
 
 def _compare_weights(path, theirs, ours):
-    if differing := [part for part in {**theirs, **ours} if theirs.get(part) != ours.get(part)]:
+    if differing := [part for part in theirs if part in ours and theirs[part] != ours[part]]:
         warnings.warn(f"{path} was trained on other weights of this model: {_some(differing)} differ", stacklevel=3)
 
 

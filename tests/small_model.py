@@ -47,4 +47,5 @@ def shake(adapters):
     """Give every adapter's parameters values that say something, as training would."""
     for adapter in adapters:
         for parameter in adapter.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
+            with torch.no_grad():
+                parameter += 0.3 * torch.randn_like(parameter)

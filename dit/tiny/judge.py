@@ -151,16 +151,16 @@ def main(argv=None):
         save_picture(captioned(images[:48], captions[:48]), args.out)
 
 
-def captioned(images, captions, side=128, columns=6):
+def captioned(images, captions, side=128, columns=8):
     """Pictures side by side, each over its own caption."""
-    gap, text_height, font = 10, 46, ImageFont.load_default(12)
+    gap, text_height, font = 12, 74, ImageFont.load_default(12)
     rows = math.ceil(len(images) / columns)
     canvas = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (side + text_height)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (image, text) in enumerate(zip(images, captions)):
         x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text_height)
         canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        pen.multiline_text((x, y + side + 2), textwrap.fill(text, 23), fill="black", font=font, spacing=1)
+        pen.multiline_text((x, y + side + 2), textwrap.fill(text, 21), fill="black", font=font, spacing=1)
     return canvas
 
 

@@ -259,14 +259,17 @@ lesson.check("wrong caption: error, times that with the right one", wrong / righ
 
 # %%
 judge, strengths = load_judge(weights / "judge"), (0, 1, 2, 4, 10)
-tasks = captions_to_judge(6 if lesson.quick else 32, withheld=False)  # scenes, captions
-sampler = {"steps": 8 if lesson.quick else 16}
-table, drawn = [], []
+tasks = captions_to_judge(4 if lesson.quick else 20, withheld=False)  # scenes, captions
+sampler = {"steps": 6 if lesson.quick else 10}
+table, drawn, joint = [], [], []
 for w in strengths:
     shares, _ = score(pipe, judge, *tasks, guidance=w, **sampler)
+    joint.append(shares["joint"])
     table.append((f"w = {w}", *(f"{shares[name]:.0%}" for name in ("thing", "background", "place", "joint"))))
     drawn += pipe.generate([prompt], guidance=w, **sampler)
 lesson.table(("right, by the judge", "thing", "background", "place", "all"), table)
+lesson.check("all right: best w, above w = 0 by", max(joint) - joint[0], (0.3, 1), quick=(0, 1), form=".0%")
+lesson.check("all right: best w, above w = 10 by", max(joint) - joint[-1], (0, 1), form=".0%")
 figure = draw.picture_rows({"": drawn}, [row[0] for row in table])
 lesson.show(figure, "05_guidance", "The same noise and sentence with five strengths of guidance")
 

@@ -211,7 +211,7 @@ measure_usage(pipe, data, seed=0)  # the mean of |S_m|, at ten timesteps
 scores = importance(model)  # name of the layer -> (M,)
 ranked = torch.cat(list(scores.values())).sort(descending=True).values  # (2048,)
 counts = (0, 40, 400, "all") if lesson.quick else (0, 4, 40, 120, 400, "all")
-seeds, sampler = range(2), {"steps": 8 if lesson.quick else 16}
+seeds, sampler = range(2), {"steps": 6 if lesson.quick else 10}
 
 
 def look():

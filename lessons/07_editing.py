@@ -94,9 +94,9 @@ edits.append(every["background", "green", "plain", "top left", None])
 edits.append(every["pattern", "blue", "striped", "top left", None])
 edits.append(every["place", "blue", "plain", "bottom right", None])
 edits.append(every["second thing", "blue", "plain", "top left", "strawberry"])
-scenes, captions = captions_to_judge(4 if lesson.quick else 24, withheld=False)  # other things
+scenes, captions = captions_to_judge(4 if lesson.quick else 16, withheld=False)  # other things
 prompts = [edit.prompt for edit in edits]
-sampler = {"steps": 8 if lesson.quick else 16}
+sampler = {"steps": 6 if lesson.quick else 10}
 noise = pipe.noise([0] if lesson.quick else [0, 1])  # (seeds, 4, 16, 16)
 
 # %%

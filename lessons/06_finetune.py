@@ -3,14 +3,14 @@
 #
 # **The question.** Can a model learn to draw something new if all its weights stay as they are, and only a few learned
 # atoms are added beside them? And how many atoms carry what it has learned? The paper says 40, and 4 give the rough
-# shape. On this small model it takes more:
+# shape. On this small model it takes 400:
 #
 # ![A robot drawn with 0, 4, 40, 120, 400 and all atoms](figures/06_atoms.png)
 #
 # *Left: the only training picture. Then the same prompt with the 0, 4, 40, … most important atoms, from two seeds.*
 #
-# You need lessons [2](02_attention_as_dictionary.md) and [5](05_pixart.md). It takes about a minute on two CPU cores,
-# 20 seconds with `--quick`.
+# You need lessons [2](02_attention_as_dictionary.md) and [5](05_pixart.md). It takes about 30 seconds on two CPU cores,
+# 12 with `--quick`.
 #
 # ## The words
 #
@@ -165,8 +165,8 @@ parameters, everything = sum(p.numel() for p in trainable(model)), sum(p.numel()
 # %%
 rows = [("before", base), (f"{n_steps} steps of the loop above", by_hand), ("as many of the library's", library)]
 lesson.table(("model", "error of the noise"), rows)
-lesson.check("by hand: error, as a share of that before", by_hand / base, (0.02, 0.6), quick=(0.02, 0.95), form=".0%")
-lesson.check("library / by hand, error", library / by_hand, (0.7, 1.4))
+lesson.check("by hand: error, as a share of that before", by_hand / base, (0.15, 0.3), quick=(0.2, 0.95), form=".0%")
+lesson.check("library / by hand, error", library / by_hand, (0.85, 1.15), form=".2f")
 lesson.check("trained parameters, 8 · 2 · 128 · 256", parameters, (524288, 524288), form=",d")
 
 # %% [markdown]
@@ -191,7 +191,7 @@ with torch.no_grad():
     output = attention(x) + S @ adapter.D  # (1, N, C), Eq. 9
 lesson.check("by hand and by the library, largest difference", (output - seen["out"]).abs().max().item(), (0, 1e-4))
 lesson.check("entries of σ(X W_s) that are not zero", picks.ne(0).float().mean().item(), (0.0195, 0.0196), form=".2%")
-lesson.check("entries of S that are not zero", S.ne(0).float().mean().item(), (0.02, 0.9), paper="sparse", form=".0%")
+lesson.check("entries of S that are not zero", S.ne(0).float().mean().item(), (0.2, 0.4), paper="sparse", form=".0%")
 
 # %% [markdown]
 # The picks are sparse; $S$ is much less so. A token gets the picks of every token that it looks at, and attention never
@@ -236,9 +236,10 @@ share = {n: ranked[:n].sum().item() / ranked.sum().item() for n in (4, 40, 120, 
 lesson.table(("atoms", "their share of all importance", "of the robot"), [
     (n, f"{share.get(n, 0 if n == 0 else 1):.0%}" if n != "400 at random" else "", value) for n, value in kept.items()
 ])  # fmt: skip
-lesson.check("all atoms: of the robot", kept["all"], (0.6, 1), quick=(0.1, 1), form=".2f")
-lesson.check("40 atoms: of the robot", kept[40], (-0.2, 0.8), quick=(-0.5, 1), paper="enough", form=".2f")
-lesson.check("400 atoms − 400 at random, of the robot", kept[400] - kept["400 at random"], (0.1, 1), quick=(-0.5, 1))
+lesson.check("all atoms: of the robot", kept["all"], (0.85, 0.98), quick=(0.1, 1), form=".2f")
+lesson.check("40 atoms: of the robot", kept[40], (0, 0.35), quick=(-0.2, 0.5), paper="enough", form=".2f")
+lesson.check("400 atoms: of the robot", kept[400], (0.8, 0.98), quick=(0.05, 1), form=".2f")
+lesson.check("400 at random: of the robot", kept["400 at random"], (0, 0.45), quick=(-0.2, 0.6), form=".2f")
 
 # %%
 rows = {f"seed {seed}": [*to_pil(robot.picture[None]), *(to_pil(drawn[n])[seed] for n in counts)] for seed in seeds}
@@ -247,6 +248,11 @@ lesson.show(figure, "06_atoms", "A robot drawn with 0, 4, 40, 120, 400 and all a
 
 # %% [markdown]
 # *Under the number of atoms: how much of the robot is in the pictures.*
+#
+# Four atoms change nothing that one can see. With 40 a trace of the robot's colours appears, with 120 its outline,
+# and with 400 it is complete: a fifth of all atoms. The other 1,648 add almost nothing. So what was learned *is*
+# concentrated in few atoms, and the ranking finds them: 400 atoms at random draw no robot. But "few" means hundreds
+# here, not 40.
 #
 # ## Where do atoms act?
 #
@@ -259,7 +265,7 @@ picture, maps = watch(pipe, robot.caption, pipe.noise([0]), best, **sampler)  # 
 maps = maps.mean(dim=1)  # (5, 8, 8)
 near = maps.flatten(1).abs().sort(descending=True).values  # (5, 64)
 quarter = (near[:, :16].sum() / near.sum()).item()
-lesson.check("a quarter of the patches has this share of what an atom does", quarter, (0.26, 0.9), form=".0%")
+lesson.check("a quarter of the patches has this share of what an atom does", quarter, (0.35, 0.6), form=".0%")
 titles = [f"block {layer.split('.')[1]}, atom {m}" for layer, m in best]
 figure = draw.picture_rows({"": [overlay(picture, s) for s in maps]}, titles)
 lesson.show(figure, "06_where", "Where on the picture the five most important atoms are added and subtracted")

@@ -9,7 +9,7 @@
 #
 # *Both adapters have learned the same picture and have equally many parameters. First column: the trained prompt.*
 #
-# You need lesson [6](06_finetune.md). It takes about 2 minutes on two CPU cores, 25 seconds with `--quick`.
+# You need lesson [6](06_finetune.md). It takes about 50 seconds on two CPU cores, 15 with `--quick`.
 #
 # ## The words
 #
@@ -125,10 +125,10 @@ lesson.show(figure, "07_editing", "A robot and four edits of it, by the base mod
 
 # %%
 low, high = scores["base model"]["same"], scores["sparse"]["same"]
-lesson.check("sparse − base model: kept, trained prompt", high - low, (0.2, 1.5), quick=(-0.5, 1.5), form=".2f")
-lesson.check("LoRA − base model: kept, trained prompt", scores["LoRA"]["same"] - low, (0.2, 1.5), quick=(-0.5, 1.5))
+lesson.check("sparse − base model: kept, trained prompt", high - low, (0.6, 1.2), quick=(-0.2, 1.2), form=".2f")
+lesson.check("LoRA − base model: kept, trained prompt", scores["LoRA"]["same"] - low, (0.6, 1.2), quick=(-0.2, 1.2))
 gap = scores["sparse"]["kept"] - scores["LoRA"]["kept"]
-lesson.check("sparse − LoRA: kept over the edits", gap, (-0.3, 0.3), quick=(-1, 1), paper="above 0", form=".2f")
+lesson.check("sparse − LoRA: kept over the edits", gap, (0, 0.3), quick=(-0.3, 0.5), paper="above 0", form=".2f")
 
 # %% [markdown]
 # ## One atom for each token, or rank 1 (Fig. 4)
@@ -193,8 +193,8 @@ for name, each in points.items():
     read[name] = [np.polyval(np.polyfit(same, column, 1), middle) for column in (kept, others)]
 lesson.table((f"at fidelity {middle:.2f}", "edits: kept", "others right"), [(n, *v) for n, v in read.items()])
 difference = np.subtract(read["sparse, M 64"], read["LoRA, r 16"])
-lesson.check("equal fidelity, sparse − LoRA: edits kept", difference[0], (-0.3, 0.3), paper="above 0", form=".2f")
-lesson.check("equal fidelity, sparse − LoRA: others right", difference[1], (-0.3, 0.3), paper="above 0", form=".2f")
+lesson.check("equal fidelity, sparse − LoRA: edits kept", difference[0], (-0.05, 0.2), paper="above 0", form=".2f")
+lesson.check("equal fidelity, sparse − LoRA: others right", difference[1], (-0.05, 0.15), paper="above 0", form=".2f")
 
 # %% [markdown]
 # ## Kind by kind, and the two dials
@@ -212,15 +212,22 @@ for kind in kinds:
         row.append(f"{mean(run, [kind], 'follows'):.0%}, {mean(run, [kind], 'kept'):.2f}")
     rows.append(row)
 lesson.table(("follows, kept", "base model", "LoRA, r 16", "sparse, M 64"), rows)
+for kind, expected in {"background": (-0.1, 0.1), "place": (0.05, 0.3), "second thing": (0.1, 0.4)}.items():
+    more = mean(("sparse, M 64", *usual), [kind], "kept") - mean(("LoRA, r 16", *usual), [kind], "kept")
+    lesson.check(f"{kind}: kept, sparse − LoRA", more, expected, form=".2f")
 
 # %% [markdown]
 # ## When to use which
 #
-# Only what was measured here:
+# Only what was measured here, on one robot, with equally many parameters:
 #
 # | use LoRA when … | use a sparse dictionary when … |
 # |---|---|
-# | TODO | TODO |
+# | training must be short: after 15 epochs LoRA knows more | the subject moves: 0.81 is kept, with LoRA 0.66 |
+# | only background or pattern change: both are equal | a second thing comes in: 0.75 is kept, with LoRA 0.49 |
+# | | you want to see what was learned: 400 of 2,048 atoms carry it (lesson [6](06_finetune.md)) |
+#
+# What other captions lose decides nothing: both draw 15 or 16 of 16 right after each training.
 #
 # ## Where it stops being true
 #

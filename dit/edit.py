@@ -16,7 +16,7 @@ from dit.diffusion import sampling_timesteps
 from dit.pictures import draw_table, save_each, to_pil
 from dit.sample import atom_count, variants
 from dit.train import TrainConfig, teach
-from sparsecode import detach, load_adapter
+from sparsecode import detach, load_adapter, set_scale
 from sparsecode.common import locked, remove_leftovers
 
 EPOCHS = 60  # the paper's, on one picture (§4.1); a model's own come from its defaults.json
@@ -25,11 +25,12 @@ EXPECTED = "expect less of the subject, and more of what the base model draws, w
 OUTPUTS = {"lora.safetensors", "sparse.safetensors", "lora.pt", "sparse.pt", "edit.png", "pictures"}
 
 
-def draw(pipe, prompts, noise, name, adapter=None, density=None, keep_atoms=None, **options):
+def draw(pipe, prompts, noise, name, adapter=None, density=None, keep_atoms=None, scale=1.0, **options):
     """Yield (label, {prompt: one picture for each row of noise (S, 4, h, w)}) for each variant of an adapter file."""
     model = pipe.transformer
     if adapter:
         load_adapter(model, adapter)
+        set_scale(model, scale)
     for words in variants(model, density, keep_atoms):
         every = [prompt for prompt in prompts for _ in noise]
         images = pipe.generate(every, latents=noise.repeat(len(prompts), 1, 1, 1), **options)
@@ -48,6 +49,7 @@ def parse(argv=None):
     add("--edit", type=unicode, nargs="+", required=True, metavar="PROMPT", help="what it should show instead")
     add("--density", type=float, nargs="*", default=[0.01, 0.04], help="draw the sparse edit with each of these ρ")
     add("--keep-atoms", type=atom_count, nargs="*", default=[40, 400], help="and with so many of its atoms")
+    add("--scale", type=float, default=1.0, help="s in O + s·ΔO: 0 for the base model, 1 as trained")
     add("--seed", type=seed, nargs="+", default=[0, 1, 2], help="of the pictures drawn: one each")
     add("--epochs", type=whole, help=f"of 10 steps or so (the model's default, or {EPOCHS})")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
@@ -60,11 +62,12 @@ def parse(argv=None):
 
 
 def configs(pipe, args):
-    """What is trained, {method: TrainConfig}; densities and numbers of atoms that cannot be are refused."""
+    """What is trained, {method: TrainConfig}; densities, numbers of atoms and a scale that cannot be are refused."""
     epochs = args.epochs or pipe.defaults.get("finetune", {}).get("epochs", EPOCHS)
     rest = {"epochs": epochs, "gradient_checkpointing": args.gradient_checkpointing}
     found = {method: TrainConfig.of(pipe, method=method, **rest) for method in METHODS}
     found["sparse"].attach(pipe.transformer)
+    set_scale(pipe.transformer, args.scale)
     list(variants(pipe.transformer, args.density))
     list(variants(pipe.transformer, None, args.keep_atoms))
     detach(pipe.transformer)
@@ -76,13 +79,14 @@ def edit(pipe, args):
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     picture = load_images([args.image], pipe.resolution)  # (1, 3, H, W)
     (caption,) = find_captions([args.image], args.prompt)
-    settings = configs(pipe, args)
     prompts = list(dict.fromkeys([caption, *args.edit]))
+    pipe.encode_prompt(["", *prompts])  # remembered, so that T5 goes before the transformer comes
+    pipe.free("text_encoder")
+    settings = configs(pipe, args)
     noise = pipe.noise(args.seed)  # (seeds, 4, h, w)
     files = {method: args.out / f"{method}.safetensors" for method in METHODS}
     with locked(args.out):
         remove_leftovers(args.out)
-        pipe.encode_prompt(["", *prompts])  # remembered, so that T5 can go
         for method, file in files.items():
             teach(pipe, [args.image], [caption], file, settings[method])
 
@@ -91,8 +95,9 @@ def edit(pipe, args):
         ways += [{**ways[-1], "density": args.density}] if args.density else []
         ways += [{**ways[2], "keep_atoms": args.keep_atoms}] if args.keep_atoms else []
         rows = [("training picture", {caption: to_pil(picture)})]
+        options = dict(scale=args.scale, steps=args.steps, guidance=args.guidance)
         for way in ways:
-            rows += draw(pipe, prompts, noise, steps=args.steps, guidance=args.guidance, **way)
+            rows += draw(pipe, prompts, noise, **options, **way)
         draw_table(rows, args.out / "edit.png", "fine-tuned on one picture, then drawn from changed prompts")
         save_each([(label, sum(drawn.values(), [])) for label, drawn in rows], args.out / "pictures")
     return rows

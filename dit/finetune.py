@@ -90,7 +90,7 @@ def parse(argv=None):
     add("--gradient-accumulation", type=whole, default=1, help="batches for each step of the optimizer")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw (§4.3) or came (Appendix B)")
     add("--lr", type=positive, help="(the model's own for adamw, 1e-4 for came)")
-    add("--lr-schedule", choices=SCHEDULES, help="constant, or inverse: from step 125 on as 1/step (the model's own)")
+    add("--lr-schedule", choices=SCHEDULES, help="constant, or inverse-square: 1/step² after step 100 (the model's)")
     add("--resolution", type=whole, help="side of the training pictures in pixels")
     add("--random-flip", action="store_true", help="train on mirror images as well")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
@@ -122,19 +122,21 @@ def finetune(pipe, files, captions, args):
     """The whole run: encode, free, train, save, draw. The first mistake ends it before anything is written."""
     given = {name: value for name, value in vars(args).items() if name in CONFIGURED}
     config = TrainConfig.of(pipe, **given)
-    config.attach(pipe.transformer)  # refuses what cannot be attached
-    detach(pipe.transformer)
     images = load_images(files, config.resolution)  # (n, 3, H, W)
     settings = fingerprint(pipe, images, captions, config)
     prompts = list(dict.fromkeys(captions))[:SHOWN_CAPTIONS] + args.validation_prompt if args.samples else []
     file = args.out / "checkpoint.pt"
     checkpoint = Checkpoint(file, settings, args.checkpoint_every)  # refuses that of another run
+    pipe.encode_prompt(["", *captions, *prompts])  # remembered, so that T5 goes before the transformer comes
+    pipe.free("text_encoder")
+    config.attach(pipe.transformer)  # refuses what cannot be attached
+    detach(pipe.transformer)
     with locked(args.out) if parallel.rank() == 0 else nullcontext():
         if parallel.rank() == 0:
             check_out(args.out, args.resume)  # another run may have been here meanwhile
             remove_leftovers(args.out)
             print(describe_pictures(args.images, files))
-        losses = fit(pipe, images, captions, config, args.out / "adapter.safetensors", checkpoint, prompts)
+        losses = fit(pipe, images, captions, config, args.out / "adapter.safetensors", checkpoint)
         if parallel.rank() == 0:
             save_results(pipe, images, prompts, losses, args)
             file.unlink()  # now the run is finished

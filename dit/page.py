@@ -21,12 +21,12 @@ from tqdm import tqdm
 from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.sample import variants
-from sparsecode import adapters, importance, load_adapter, read_header, record_maps, top_atoms
+from sparsecode import adapters, importance, load_adapter, read_header, record_maps, set_scale, top_atoms
 from sparsecode.common import UserError, replacing
 from sparsecode.influence import scale_atoms
 
 SIDE = 256  # of a picture on the page, in pixels
-COUNTS = (0, 4, 12, 40, 200)  # of atoms to keep; all of them is one more
+COUNTS = (0, 40, 100, 200, 500)  # of atoms to keep; all of them is one more
 FACTORS = (0.25, 0.5, 1, 2)  # of the density that the adapter was trained with
 
 
@@ -172,6 +172,7 @@ def parse(argv=None):
     add("--top", type=whole, default=12, help="how many atoms get a switch")
     add("--keep-atoms", type=int, nargs="+", help=f"numbers of atoms to choose from ({', '.join(map(str, COUNTS))})")
     add("--density", type=float, nargs="+", help="densities to choose from (¼, ½, 1 and 2 times the trained one)")
+    add("--scale", type=float, default=1.0, help="s in O + s·ΔO: 0 for the base model, 1 as trained")
     add("--seed", type=seed, nargs="+", default=[0, 1], help="of the noise, to choose from")
     add("--steps", type=whole, default=20)
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
@@ -198,6 +199,7 @@ def main(argv=None):
     pipe = load_pipeline(args)
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     load_adapter(pipe.transformer, args.adapter)
+    set_scale(pipe.transformer, args.scale)
     noise = pipe.noise(args.seed, args.height, args.width)  # (S, 4, h, w)
     dials = {"counts": args.keep_atoms, "densities": args.density}
     text = page(pipe, prompt, args.seed, noise, args.top, **dials, steps=args.steps, guidance=args.guidance)

@@ -9,7 +9,7 @@ from pathlib import Path
 from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_each, save_picture
-from sparsecode import adapters, keep_atoms, load_adapter, set_density
+from sparsecode import adapters, keep_atoms, load_adapter, set_density, set_scale
 from sparsecode.common import UserError
 
 
@@ -23,9 +23,11 @@ def parse(argv=None):
     add_model_arguments(parser)
     add = parser.add_argument
     add("prompts", type=unicode, nargs="+", metavar="PROMPT")
+    add("--negative-prompt", type=unicode, default="", help="what not to draw, in place of the empty prompt")
     add("--adapter", type=Path, help="adapter.safetensors of dit.finetune, or a folder in peft's layout")
     add("--density", type=float, nargs="+", help="draw with each of these densities ρ instead of the trained one")
     add("--keep-atoms", type=atom_count, nargs="+", help="draw with only so many of the most important atoms, or all")
+    add("--scale", type=float, default=1.0, help="s in O + s·ΔO: 0 for the base model, 1 as trained")
     add("--seed", type=seed, nargs="+", default=[0, 1, 2, 3], help="one column of pictures each")
     add("--steps", type=whole, default=20)
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
@@ -34,8 +36,8 @@ def parse(argv=None):
     add("--compile", action="store_true", help="compile the model: minutes at the start, faster on a GPU")
     add("--out", type=Path, default=Path("sample.png"), help="one picture; or a grid, and a folder of its pictures")
     args = parser.parse_args(argv)
-    if args.adapter is None and (args.density or args.keep_atoms):
-        raise UserError("--density and --keep-atoms choose atoms of an adapter; name one with --adapter")
+    if args.adapter is None and (args.density or args.keep_atoms or args.scale != 1):
+        raise UserError("--density, --keep-atoms and --scale change an adapter; name one with --adapter")
     check_picture_path(args.out)
     check_place(args.out.parent / args.out.stem)
     return args
@@ -66,18 +68,20 @@ def sample(pipe, args):
     model, ways = pipe.transformer, (args.density, args.keep_atoms)
     if args.adapter:
         load_adapter(model, args.adapter)
+        set_scale(model, args.scale)
     if args.compile:
         model.compile()
     list(variants(model, *ways))  # a density or number of atoms that cannot be is refused before any work
     noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
-    pipe.encode_prompt(["", *args.prompts])
+    pipe.encode_prompt([args.negative_prompt, *args.prompts])
     pipe.free("text_encoder")
+    options = dict(steps=args.steps, guidance=args.guidance, negative_prompt=args.negative_prompt)
     rows = []
     for prompt in args.prompts:
         for words in variants(model, *ways):
             label = f"{prompt} ({words or 'adapted'})" if args.adapter else prompt
             repeated = [prompt] * len(args.seed)
-            images = pipe.generate(repeated, steps=args.steps, guidance=args.guidance, latents=noise)
+            images = pipe.generate(repeated, latents=noise, **options)
             rows.append((label, images))
     return rows
 

@@ -23,10 +23,11 @@ from sparsecode import adapters, attach, detach, orthogonality, read_header, rec
 from sparsecode.common import UserError, replacing
 
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
-HOLD = 125  # steps
+HOLD = 100  # steps
 SCHEDULES = {  # the share of the learning rate at a step
     "constant": lambda step: 1.0,
-    "inverse": lambda step: min(1.0, HOLD / (step + 1)),  # held, then as 1/step: its sum is what harms other captions
+    # Held, then falling as 1/step²: its sum, which is what harms other captions, stays below 2 HOLD.
+    "inverse-square": lambda step: min(1.0, (HOLD / (step + 1)) ** 2),
 }
 
 
@@ -259,13 +260,13 @@ def files_checksum(folder):
 # ---- a whole run ------------------------------------------------------------------------------------------------
 
 
-def fit(pipe, images, captions, config, file, checkpoint, prompts=()):
+def fit(pipe, images, captions, config, file, checkpoint):
     """Train on images (n, 3, H, W) and write the adapter to `file`. Returns the losses; the adapters stay attached.
 
-    T5 and the autoencoder are freed before; `prompts` are encoded while T5 is there, to be drawn afterwards. The
-    checkpoint file stays, so that what else the caller does with the run can be done again after a kill.
+    T5 and the autoencoder are freed before. The checkpoint file stays, so that what else the caller does with the run
+    can be done again after a kill.
     """
-    pipe.encode_prompt(["", *captions, *prompts])  # remembered
+    pipe.encode_prompt(["", *captions])  # remembered
     pipe.free("text_encoder")
     data = encode(pipe, images, captions, config.random_flip)
     pipe.free("vae")

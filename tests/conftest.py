@@ -3,11 +3,27 @@ import sys
 import pytest
 from tiny_pipeline import write_pipeline
 
+from dit.pipeline import Pipeline
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a complete pipeline with random weights, for pictures of 16×16."""
     return write_pipeline(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A list that gets the names of the loaded parts at the end of each `Pipeline.encode_prompt`."""
+    parts, encode = [], Pipeline.encode_prompt
+
+    def watched(pipe, prompts):
+        embeddings = encode(pipe, prompts)
+        parts.append({"transformer", "vae", "text_encoder"} & vars(pipe).keys())
+        return embeddings
+
+    monkeypatch.setattr(Pipeline, "encode_prompt", watched)
+    return parts
 
 
 @pytest.fixture

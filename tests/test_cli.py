@@ -36,6 +36,12 @@ def test_the_tiny_model_is_not_installed_with_a_wheel(tmp_path, monkeypatch, mis
     assert "comes with a clone of the repository" in mistake(sample, "a star", "--out", tmp_path / "x.png")
 
 
+def test_an_interrupt_during_the_imports(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); print('went on')")
+    result = call("$python -m dit.sample star", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+
+
 def test_an_interrupt(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt

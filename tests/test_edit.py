@@ -64,6 +64,12 @@ def test_the_command(options, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1].startswith("3 rows")
 
 
+def test_t5_is_alone_in_memory(options, tmp_path, loaded):
+    call(options, "--out", tmp_path, "--density", "--keep-atoms")
+    assert loaded.pop(0) == {"text_encoder"} and loaded
+    assert all("text_encoder" not in parts for parts in loaded)
+
+
 def test_an_out_that_holds_something_else(options, tmp_path):
     call(options, "--out", tmp_path, "--density", "--keep-atoms")
     for other in (["--epochs", 2], ["--prompt", "a heart"]):
@@ -130,8 +136,10 @@ def test_draws_what_sample_draws(pipe, tiny, photo, tmp_path):
     choice = {"density": [0.5, 1.0], "keep_atoms": [0, 4]}
     drawn = dict(edit.draw(pipe, prompts, noise, "x", file, **choice, steps=2))
     drawn |= dict(edit.draw(pipe, prompts, noise, "sparse", file, steps=2))
+    drawn |= dict(edit.draw(pipe, prompts, noise, "scaled", file, scale=0.5, steps=2))
     drawn |= dict(edit.draw(pipe, prompts, noise, "base", steps=2))
-    assert list(drawn) == [f"x, density {d}, {n} atoms" for d in (0.5, 1.0) for n in (0, 4)] + ["sparse", "base"]
+    labels = [f"x, density {d}, {n} atoms" for d in (0.5, 1.0) for n in (0, 4)]
+    assert list(drawn) == [*labels, "sparse", "scaled", "base"]
     assert not adapters(pipe.transformer)
 
     def reference(*words):
@@ -144,18 +152,20 @@ def test_draws_what_sample_draws(pipe, tiny, photo, tmp_path):
 
     assert pixels("x, density 1.0, 4 atoms") == reference("--adapter", file, "--density", 1, "--keep-atoms", 4)
     assert pixels("sparse") == reference("--adapter", file)
+    assert pixels("scaled") == reference("--adapter", file, "--scale", 0.5) != pixels("sparse")
     assert pixels("base") == reference() == pixels("x, density 0.5, 0 atoms") != pixels("sparse")
 
 
 # Arguments (after good ones, which they override) and words of the line that they must give.
 MISTAKES = {
-    "--image {tmp}/absent.png": "absent.png cannot be read as a picture (FileNotFoundError",
-    "--image {tmp}": "cannot be read as a picture (IsADirectoryError",
+    "--image {tmp}/absent.png": "absent.png cannot be read as a picture (there is no such file)",
+    "--image {tmp}": "cannot be read as a picture (there is no such file)",
     "--image {tmp}/bare.png": "has no caption",
     "--prompt=": "is empty",
     "--density 0.1 2": "density=2.0",
     "--keep-atoms 17": "choose a number from 0 to 16",
     "--keep-atoms some": "invalid",
+    "--scale inf": "scale=inf is not a number",
     "--seed -1": "0 or more",
     "--steps 1000": "expected 1 to 999",
     "--epochs 0": "above 0",

@@ -123,6 +123,12 @@ def test_t5_and_the_autoencoder_are_gone_while_training(options, tmp_path, monke
     assert parts
 
 
+def test_t5_is_alone_in_memory(options, tmp_path, loaded, quick):
+    train(options, tmp_path / "run")
+    assert loaded.pop(0) == {"text_encoder"} and loaded
+    assert all("text_encoder" not in parts for parts in loaded)
+
+
 @pytest.mark.parametrize("change", [{"beta_end": 0.012}, {"num_train_timesteps": 500}])
 def test_training_follows_the_schedule_of_the_weights(tiny, pictures, options, tmp_path, quick, change):
     train(options, tmp_path / "run")
@@ -156,7 +162,7 @@ def test_other_ways_to_train(options, tmp_path, quick, more):
     assert not same
 
 
-@pytest.mark.parametrize("schedule", [None, "constant", "inverse"])
+@pytest.mark.parametrize("schedule", [None, "constant", "inverse-square"])
 def test_the_learning_rate(options, tmp_path, quick, monkeypatch, schedule):
     """Constant, as the paper's, where nothing is said; or held, and then as 1/step. The header says which."""
     rates = []
@@ -170,7 +176,7 @@ def test_the_learning_rate(options, tmp_path, quick, monkeypatch, schedule):
     monkeypatch.setattr(training, "HOLD", 26)
     more = ["--lr-schedule", schedule] if schedule else []
     train(options, tmp_path / "run", "--lr", 0.03, "--epochs", 5, "--repeats", 2, *more)  # 30 steps
-    falling = [0.03 * 26 / step for step in (27, 28, 29, 30)] if schedule == "inverse" else [0.03] * 4
+    falling = [0.03 * (26 / step) ** 2 for step in (27, 28, 29, 30)] if schedule == "inverse-square" else [0.03] * 4
     assert rates == pytest.approx([0.03] * 26 + falling)
     notes = read_header(tmp_path / "run" / "adapter.safetensors")["notes"]
     assert notes["lr_schedule"] == (schedule or "constant")

@@ -1,7 +1,6 @@
 """Every lesson runs in its quick mode, its checks hold, and its page is made of what the script says."""
 
 import builtins
-import importlib.util
 import re
 import runpy
 import sys
@@ -13,55 +12,6 @@ from lesson import Lesson
 
 matplotlib.use("agg")
 LESSONS = Path(__file__).parent.parent / "lessons"
-
-
-def check_08(got):
-    assert min(got["found"]) >= 0.95
-    assert got["library"] == pytest.approx(got["by_hand"], abs=1e-3) and 1 < got["library"] < 4 < got["alone"]
-    assert set(got["live"]) == {"base", "lora", "sparse, M 256, ρ 0.02"}
-    assert got["live"]["lora"]["parameters"] == 6 * 4 * 16 * 256
-    rows = {str(row["setting"]): row for row in got["rows"]}
-    assert len(rows) == 12 and all(row["fidelity"] > rows["base"]["fidelity"] + 0.2 for row in got["rows"][1:])
-    verdicts = {key: [len(pairs) for pairs in found.values()] for key, found in got["outcomes"].items()}
-    assert verdicts["Table 2", "fidelity"] == [6, 0, 0] and verdicts["Table 2", "diversity"] == [5, 0, 1]
-    assert verdicts["Table 1", "alignment"][1] == 0 and verdicts["Table 2", "alignment"][1] == 4
-
-
-def check_09(got):
-    assert got["mixed"] == [2, -2]
-    assert max(got["eq_11"]["sharing no channel"]) < 1e-14 and min(got["eq_11"]["sharing all"][1:]) > 0.1
-    assert got["missed"][5] > 1e-5 and got["missed"][8] < 1e-13
-    free, penalised = got["runs"][0.0], got["runs"][1.0]
-    assert penalised[0] < 0.1 * free[0]  # mean cos²
-    assert max(penalised[3:]) > 0.5 * max(free[3:])  # and they add up no better
-    errors = got["first order, an atom taken out of all"]
-    assert errors[-1] < 0.15 < 0.3 < max(errors[:3])  # 0.08 and 0.78 in full
-    for who in ("an atom", "a block"):
-        assert got[f"low in noise, {who}"][-1] == min(got[f"low in noise, {who}"]) < 0.35
-
-
-CHECKS = {
-    "08_customization": (
-        check_08,
-        {"08_clip.png", "08_pictures.png", "08_methods.png", "08_density.png", "08_atoms.png"},
-    ),
-    "09_influence": (check_09, {"09_expansion.png", "09_first_order.png", "09_depth.png"}),
-}
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"lesson_{name}", LESSONS / f"{name}.py")
-    lesson = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lesson)
-    return lesson
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_lesson(name, tmp_path):
-    check, figures = CHECKS[name]
-    check(load(name).main(quick=True, figures=tmp_path))
-    assert {file.name for file in tmp_path.iterdir()} == figures
-    assert min(file.stat().st_size for file in tmp_path.iterdir()) > 5000  # not an empty page
 
 
 def look_01(got):
@@ -107,6 +57,16 @@ def look_07(got):
     assert len({images[0].tobytes() for images in got["drawn"].values()}) == 5  # every adapter draws its own picture
 
 
+def look_08(got):
+    assert got["by_hand"][0] == pytest.approx(got["scores"]["M 1024, ρ 0.01"][0], abs=1e-6)  # alignment of the last run
+    assert len({images[0].tobytes() for images in got["drawn"].values()}) == 12  # every model draws its own picture
+
+
+def look_09(got):
+    assert len(got["changes"]["sparse"]) == len(got["summary"]["sparse"][2]) == got["model"].config.num_layers
+    assert all(change.abs().max() > 0.01 for change in got["changes"]["sparse"])  # no block is silent
+
+
 LOOKS = {
     "01_ista_fista": look_01,
     "02_attention_as_dictionary": look_02,
@@ -115,6 +75,8 @@ LOOKS = {
     "05_pixart": look_05,
     "06_finetune": look_06,
     "07_editing": look_07,
+    "08_customization": look_08,
+    "09_influence": look_09,
 }
 
 PAGES = [file.stem for file in (LESSONS / "pages").glob("*.md")]
@@ -190,4 +152,4 @@ def test_in_a_notebook_the_arguments_are_those_of_the_kernel(monkeypatch, tmp_pa
 
 
 def test_no_lesson_is_left_out():
-    assert {file.stem for file in LESSONS.glob("[0-9]*.py")} == set(CHECKS) | set(LOOKS)
+    assert {file.stem for file in LESSONS.glob("[0-9]*.py")} == set(LOOKS)

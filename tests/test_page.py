@@ -5,6 +5,7 @@ import io
 import re
 from html.parser import HTMLParser
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from sparsecode import (
     record_usage,
     save_adapter,
     set_density,
+    set_scale,
     top_atoms,
 )
 
@@ -122,7 +124,8 @@ def jpeg(image):
 
 
 def test_the_page(tiny, adapter, pipe, tmp_path, capsys):
-    found, text = call(tiny, adapter, tmp_path / "new" / "atoms.html", "--top", 4, "--seed", 5, 6, 9)
+    more = ["--top", 4, "--seed", 5, 6, 9, "--keep-atoms", 0, 4, 12]
+    found, _ = call(tiny, adapter, tmp_path / "new" / "atoms.html", *more)
     printed = capsys.readouterr()
     out = tmp_path / "new" / "atoms.html"
     assert printed.out == f"the 4 most important atoms in {out}: open it in a browser\n" and printed.err == ""
@@ -150,16 +153,28 @@ def test_the_page_needs_no_network_and_names_no_path(tiny, adapter, tmp_path):
     assert str(tmp_path) not in text and str(adapter) not in text and str(tiny) not in text
 
 
+def test_the_page_that_the_readme_links_to():
+    """It is whole, small, and made with the template of today."""
+    root = Path(page.__file__).parent.parent
+    text = (root / "lessons" / "figures" / "atoms.html").read_text(encoding="utf-8")
+    assert "(lessons/figures/atoms.html)" in (root / "README.md").read_text(encoding="utf-8")
+    assert len(text) < 1_500_000 and len(Page(text).stops()) == 6 * 4 * 2
+    template = Path(page.__file__).with_suffix(".html").read_text(encoding="utf-8")
+    assert text.split("<script>")[1] == template.split("<script>")[1]
+    assert text.split("</style>")[0].split("body {")[1].replace("pixelated", "$rendering") in template
+
+
 def test_a_prompt_stays_text(tiny, adapter, tmp_path):
     prompt = "</title></p><script>alert(1)</script> \"'><img src=x onerror=alert(1)> $cards & &amp; é"
-    found, text = call(tiny, adapter, tmp_path / "a.html", "--top", 1, "--seed", 0, "--density", 1, "--prompt", prompt)
+    found, _ = call(tiny, adapter, tmp_path / "a.html", "--top", 1, "--seed", 0, "--density", 1, "--prompt", prompt)
     assert f"“{prompt}”" in found.texts["p"] and found.texts["title"] == [f"The atoms of “{prompt}”"]
-    assert found.tags.count("script") == 1 and found.tags.count("img") == 4 * 2 + 3
+    assert found.tags.count("script") == 1 and found.tags.count("img") == 2 * 2 + 3
 
 
 def test_the_pictures_of_the_sliders(tiny, adapter, pipe, tmp_path):
-    """Each stop is the model with so many atoms, ranked at the trained density, and that density."""
-    more = ["--seed", 7, 8, "--prompt", "a star", "--keep-atoms", 0, 5, "--density", 0.5, "--top", 1]
+    """Each stop is the model with so many atoms, ranked at the trained density, and that density and scale."""
+    more = ["--seed", 7, 8, "--prompt", "a star", "--keep-atoms", 0, 5, "--density", 0.5, "--top", 1, "--scale", 0.5]
+    set_scale(pipe.transformer, 0.5)
     found, _ = call(tiny, adapter, tmp_path / "atoms.html", *more)
     noise, seen = pipe.noise([7, 8]), []
     for (i, count), (j, density) in product(enumerate([0, 5, 16]), enumerate([0.25, 0.5])):
@@ -202,7 +217,7 @@ def test_an_adapter_without_a_density(tiny, tmp_path):
     file = make_adapter(tiny, tmp_path / "soft.safetensors", atoms=8, threshold="soft", lam=0.1)
     found, _ = call(tiny, file, tmp_path / "atoms.html", "--top", 1, "--seed", 0)
     assert found.sliders["density"] == (["as trained"], "0")
-    assert set(found.stops()) == set(product(range(4), [0], [0]))
+    assert set(found.stops()) == set(product(range(2), [0], [0]))
 
 
 def test_maps_are_those_of_the_pass_with_the_prompt(pipe):

@@ -61,6 +61,16 @@ def test_numbers_of_atoms(tiny, adapter):
     assert none != some != all_atoms != none
 
 
+def test_scale_and_negative_prompt(tiny, adapter):
+    (base,), (full,) = rows(tiny, "a star"), rows(tiny, "a star", "--adapter", adapter)
+    none, half = (rows(tiny, "a star", "--adapter", adapter, "--scale", s)[0][1] for s in (0, 0.5))
+    assert pixels(none) == pixels(base[1]) and len(set(map(tuple, map(pixels, (base[1], half, full[1]))))) == 3
+    ((_, drawn),) = rows(tiny, "a star", "--negative-prompt", "a red robot")
+    pipe = Pipeline.from_folder(tiny, device="cpu")
+    assert pixels(drawn) == pixels(pipe.generate(["a star"] * 4, steps=3, negative_prompt="a red robot"))
+    assert pixels(drawn) != pixels(base[1])
+
+
 def test_densities(tiny, adapter):
     drawn = rows(tiny, "a", "b", "--adapter", adapter, "--density", 0.25, 1, "--keep-atoms", 4, "all", "--seed", 0)
     assert [label for label, _ in drawn] == [
@@ -114,6 +124,8 @@ MISTAKES = {
     "a --out grid.txt": "does not end like a picture",
     "a --keep-atoms 3": "name one with --adapter",
     "a --density 0.1": "name one with --adapter",
+    "a --scale 0.5": "name one with --adapter",
+    "a --adapter {adapter} --scale nan": "scale=nan is not a number",
     "a --adapter {adapter} --keep-atoms 3 17": "choose a number from 0 to 16",
     "a --adapter {adapter} --keep-atoms -1": "choose a number from 0 to 16",
     "a --adapter {adapter} --keep-atoms many": "invalid",

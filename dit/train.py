@@ -23,10 +23,11 @@ from sparsecode import adapters, attach, detach, orthogonality, read_header, rec
 from sparsecode.common import UserError, replacing
 
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
-HOLD = 125  # steps
+HOLD = 100  # steps
 SCHEDULES = {  # the share of the learning rate at a step
     "constant": lambda step: 1.0,
-    "inverse": lambda step: min(1.0, HOLD / (step + 1)),  # held, then as 1/step: its sum is what harms other captions
+    # Held, then falling as 1/step²: its sum, which is what harms other captions, stays below 2 HOLD.
+    "inverse-square": lambda step: min(1.0, (HOLD / (step + 1)) ** 2),
 }
 
 

@@ -162,7 +162,7 @@ def test_other_ways_to_train(options, tmp_path, quick, more):
     assert not same
 
 
-@pytest.mark.parametrize("schedule", [None, "constant", "inverse"])
+@pytest.mark.parametrize("schedule", [None, "constant", "inverse-square"])
 def test_the_learning_rate(options, tmp_path, quick, monkeypatch, schedule):
     """Constant, as the paper's, where nothing is said; or held, and then as 1/step. The header says which."""
     rates = []
@@ -176,7 +176,7 @@ def test_the_learning_rate(options, tmp_path, quick, monkeypatch, schedule):
     monkeypatch.setattr(training, "HOLD", 26)
     more = ["--lr-schedule", schedule] if schedule else []
     train(options, tmp_path / "run", "--lr", 0.03, "--epochs", 5, "--repeats", 2, *more)  # 30 steps
-    falling = [0.03 * 26 / step for step in (27, 28, 29, 30)] if schedule == "inverse" else [0.03] * 4
+    falling = [0.03 * (26 / step) ** 2 for step in (27, 28, 29, 30)] if schedule == "inverse-square" else [0.03] * 4
     assert rates == pytest.approx([0.03] * 26 + falling)
     notes = read_header(tmp_path / "run" / "adapter.safetensors")["notes"]
     assert notes["lr_schedule"] == (schedule or "constant")

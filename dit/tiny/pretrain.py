@@ -26,7 +26,7 @@ from sparsecode.common import UserError, replacing
 
 # What travels with the model as its defaults.json: the guidance that dit.tiny.judge found best of 1.5, 2, 3 and 4.5,
 # and the fine-tuning settings that draw a new subject within two minutes on two CPU cores.
-DEFAULTS = {"guidance": 2.0, "finetune": {"epochs": 50, "batch_size": 4, "lr": 0.003, "lr_schedule": "inverse"}}
+DEFAULTS = {"guidance": 2.0, "finetune": {"epochs": 40, "batch_size": 4, "lr": 0.001, "lr_schedule": "inverse-square"}}
 
 
 def parse(argv=None):

@@ -1,152 +1,272 @@
-"""Teach a subject, ask for it in 25 scenes, and score what comes: prompt, diversity, subject (Tables 1, 2, Fig. 7).
+# %% [markdown]
+# # 8. How well was a subject learned? Three scores
+#
+# **The question.** A model learns a subject from five pictures. Then it must draw it wherever one asks for it. How does
+# one measure whether it can? And do the paper's claims hold here: does a sparse dictionary follow prompts better than
+# LoRA, and what do more atoms bring?
+#
+# ![A robot at five places, as it should be and as four models draw it](figures/08_pictures.png)
+#
+# *Top: how the robot should look. Below: the model before it has learned the robot, and after, by three methods.*
+#
+# You need lesson [6](06_finetune.md). It takes about 2 minutes on two CPU cores, 20 seconds with `--quick`.
+#
+# ## The words
+#
+# - A **subject** is one particular thing, given by a few pictures. To learn to draw it in new scenes is
+#   **customisation**.
+# - Our subject is a robot. The tiny model has never seen one: to it, "robot" is an unknown word.
+# - We ask for it in 25 scenes: five places times five colours of the background. Few occur in the five pictures.
+#
+# A good result has three sides, and the paper has a score for each:
+#
+# | score | what it asks | how it is computed |
+# |---|---|---|
+# | **alignment** | Is it what the prompt says? | mean cosine of each picture with its own prompt |
+# | **fidelity** | Is it the subject? | mean cosine of each picture with the subject's own pictures |
+# | **diversity** | Do the pictures differ? | the Vendi score, below |
+#
+# All three need numbers for pictures that can be compared. They come from **CLIP**: two networks, one for pictures and
+# one for texts. Each gives 64 numbers, a vector of length 1. Both were trained together on captioned pictures, so that
+# a picture's vector lies close to that of its own caption. For vectors of length 1, the product is the **cosine** of
+# the angle between them: 1 means the same direction, 0 means that they have nothing in common.
+#
+# The tiny model ships with a CLIP of its own, trained on the same small world. Does it work? We draw 100 new scenes and
+# ask it which of the 100 captions belongs to which picture.
 
-Claim    The paper: sparse atoms follow prompts better than LoRA, DoRA and OFT and draw more varied pictures, hardly at
-         the cost of fidelity (Table 1); a higher density and more atoms trade alignment and diversity for fidelity
-         (Fig. 7, Table 2). Here that trade comes out, from diversity to fidelity. At ρ = 0.02 sparse draws more varied
-         pictures than LoRA, but less of the subject; OFT learns least and so is the most varied, where in the paper it
-         is the least. Alignment tells none apart but OFT, and it rises with fidelity: what this small model draws for a
-         word that it does not know, a blob, pleases CLIP less than a subject that it has learned.
-Paper    §4.3, Table 1 (methods); §4.4, Fig. 7 (density), Table 2 (number of atoms)
-Modules  dit/metrics.py, dit/dreambooth.py, dit/study.py, dit/report.py
-Costs    50 seconds on two CPU cores; 14 with --quick. Section 4's study, whose results ship, takes 52 minutes.
-
-    pip install -e ".[eval]"
-    python lessons/08_customization.py
-"""
-
-import argparse
-from itertools import combinations
+# %%
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import matplotlib.pyplot as plt
+import draw
 import numpy as np
 import torch
+from lesson import Lesson
 
+from dit import Pipeline
+from dit.data import encode, load_images
 from dit.dreambooth import read_subjects
-from dit.metrics import CLIP, vendi_score
-from dit.pictures import draw_table
-from dit.pipeline import Pipeline
-from dit.report import compare, picture_rows, plot_methods, plot_sweep, read_results, summarise, to_markdown
-from dit.study import Job, Setting, Study, StudyConfig
-from dit.tiny.scenes import caption, draw, sample_scene
+from dit.metrics import CLIP, alignment, fidelity, vendi_score
+from dit.pictures import open_picture
+from dit.study import PAPER
+from dit.tiny import scenes, subjects
+from dit.train import TrainConfig, train
+from sparsecode import detach
 
-WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
-FIGURES = Path(__file__).parent / "figures"
-DATA = Path(__file__).parent / "data"
-RESULTS = DATA / "customization.csv"  # of the full study, whose command is in section 4
-TABLE_1 = [Setting(method) for method in ("lora", "dora", "oft")]
-TABLE_1 += [Setting("sparse", 256, density) for density in (0.02, 0.04)]
-TABLE_2 = [Setting("sparse", atoms, 0.01) for atoms in (16, 256, 1024, 2048)]
-EXPECTED = {"base": "0.204, 6.940, 0.180", "lora": "0.229, 4.595, 0.645",
-            "sparse, M 256, ρ 0.02": "0.232, 5.190, 0.554"}  # fmt: skip
+lesson = Lesson()
+root = Path(draw.__file__).parent.parent
+clip = CLIP(root / "weights" / "tiny" / "clip")
 
+# %%
+rng = np.random.default_rng(8)
+new = list({scenes.sample_scene(rng): None for _ in range(120)})[:100]  # 100 different ones
+pictures = [scenes.draw(scene) for scene in new]
+captions = [scenes.caption(scene, rng, say_place=True) for scene in new]
+seen = clip.images(pictures)  # (100, C)
+cosines = seen @ clip.texts(captions).T  # (100, 100)
+found = (cosines.argmax(dim=1) == torch.arange(100)).float().mean().item()
+lesson.check("pictures nearest to their own caption", found, (0.9, 1), form=".0%")
+figure = draw.cosines(pictures[:5], captions[:5], cosines[:5, :5])
+lesson.show(figure, "08_clip", "Five pictures, five captions, and the cosine of each pair")
 
-def main(quick=False, figures=FIGURES, weights=WEIGHTS):
-    figures = Path(figures)
-    figures.mkdir(parents=True, exist_ok=True)
-    clip = CLIP(Path(weights) / "clip")
+# %% [markdown]
+# *The cosine of each picture with each caption. A picture's own caption is in bold.*
+#
+# ## Diversity: how many different pictures?
+#
+# Let $V$ be the vectors of $n$ pictures, and $K = V V^T$ the cosines of all pairs. The eigenvalues of $K/n$ add up to
+# 1, so they are like shares. Two extreme cases:
+#
+# - All pictures are equal: one eigenvalue is 1, all others are 0.
+# - All pictures have nothing in common: each of the $n$ eigenvalues is $1/n$.
+#
+# The **Vendi score** is $\exp(-\sum_i p_i \log p_i)$, where $p_i$ are these shares. It is 1 in the first case and $n$
+# in the second: it counts pictures, and those that resemble each other count less. (The exponent is the *entropy* of
+# the shares.) The paper takes the vectors of another network, DINOv2, for it; we take CLIP's.
 
-    # %% 1. CLIP puts a picture and its caption at the same place: each of 100 fresh scenes finds its own among 100
-    rng, scenes = np.random.default_rng(8), []
-    while len(scenes) < 100:
-        scene = sample_scene(rng)
-        if scene not in scenes:
-            scenes.append(scene)
-    pictures = [draw(scene) for scene in scenes]
-    captions = [caption(scene, rng, say_place=True) for scene in scenes]
-    vectors = clip.images(pictures)  # (100, C)
-    cosines = vectors @ clip.texts(captions).T  # (100, 100)
-    found = [(cosines.argmax(axis) == torch.arange(100)).float().mean().item() for axis in (1, 0)]
-    shares = f"pictures find their caption in {found[0]:.0%}, captions their picture in {found[1]:.0%}"
-    print(f"{shares} (expect 98 %, 97 %)")
+# %%
+four = seen[:4].repeat(25, 1)  # (100, C): four pictures, each 25 times
+p = torch.linalg.eigvalsh((four @ four.T).double() / 100).clamp(min=1e-15)  # (100,)
+by_hand = torch.exp(-(p * p.log()).sum()).item()
+lesson.check("four pictures, each 25 times: Vendi score", by_hand, (2, 4))
+lesson.check("its difference from the library's", abs(by_hand - vendi_score(four)), (0, 1e-3))
+lesson.check("one picture, 100 times: Vendi score", vendi_score(seen[:1].repeat(100, 1)), (0.999, 1.001))
 
-    # %% 2. The Vendi score counts pictures that differ: exp of the entropy of the eigenvalues of their cosines / n.
-    # Four scenes that are partly alike count for less than four. The paper takes DINOv2's cosines, here they are CLIP's
-    four = vectors[:4].repeat(25, 1)  # (100, C)
-    p = np.linalg.eigvalsh((four @ four.T).double().numpy() / 100).clip(1e-15)
-    by_hand, library = np.exp(-(p * np.log(p)).sum()), vendi_score(four)
-    print(f"four scenes 25 times: by hand {by_hand:.4f}, library {library:.4f} (expect 2.8987 twice)")
-    alone = vendi_score(vectors)
-    print(f"100 scenes: {alone:.1f}; one 100 times: {vendi_score(vectors[:1].repeat(100, 1)):.1f} (expect 9.3, 1.0)")
+# %% [markdown]
+# ## Train and score
+#
+# The model learns the robot by the four methods of the paper, each from the same base and for 125 steps:
+#
+# - a **sparse** dictionary (lesson 6), with $M$ atoms and **density** $ρ$, the share of atoms that a token may use;
+# - **LoRA**, the usual method: to each weight matrix it adds the product of two thin ones, here of rank 16;
+# - **DoRA**: LoRA that learns length and direction of the weights separately;
+# - **OFT**: it rotates the weights and adds nothing.
+#
+# Each model then draws the 25 prompts from the same noise. One setting is trained with two seeds: the difference
+# between them says how much a score changes by chance. The learning rates are set by hand.
 
-    # %% 3. One subject, LoRA and sparse, as the study does it: train, draw every prompt, score
-    with TemporaryDirectory() as folder:
-        robot = next(subject for subject in read_subjects(DATA / "subjects") if subject.name == "robot")
-        config = StudyConfig(epochs=2 if quick else 30, pictures=1, steps=4 if quick else 10)
-        study = Study(Pipeline.from_folder(weights, device="cpu"), [robot], config, folder, clip=clip)
-        jobs = [Job(Setting("base"), robot, None, None), Job(Setting("lora"), robot, 0.01, 0)]
-        jobs += [Job(Setting("sparse", 256, 0.02), robot, 0.003, 0)]
-        study.run(jobs, "robot")
-        live = {str(job.setting): study.record(job) for job in jobs}
-        draw_table(picture_rows(study, jobs), figures / "08_pictures.png", "taught a robot, told where to draw it", 80)
-    for name, record in live.items():
-        measured = "  ".join(f"{score} {record[score]:.3f}" for score in study.scores)
-        print(f"{name:22} {measured} (expect {EXPECTED[name]})")
+# %%
+pipe = Pipeline.from_folder(root / "weights" / "tiny", device="cpu")
+robot = next(s for s in read_subjects(root / "lessons" / "data" / "subjects") if s.name == "robot")
+data = encode(pipe, load_images(robot.files, pipe.resolution), robot.captions)
+runs = {
+    "LoRA": {"method": "lora", "lr": 0.01},
+    "DoRA": {"method": "dora", "lr": 0.01},
+    "OFT": {"method": "oft", "lr": 0.003},
+    "M 256, ρ 0.02": {"density": 0.02},
+    "M 256, ρ 0.02, seed 1": {"density": 0.02, "seed": 1},
+    "M 256, ρ 0.2": {"density": 0.2},
+    "M 16, ρ 0.01": {"density": 0.01, "atoms": 16},
+    "M 256, ρ 0.01": {"density": 0.01},
+    "M 1024, ρ 0.01": {"density": 0.01, "atoms": 1024},
+}
+sampling = {"latents": pipe.noise(range(25)), "steps": 4 if lesson.quick else 10}
 
-    # %% 4. All of it: three subjects, three seeds each, learning rates chosen on two more subjects; 52 minutes of
-    # torchrun --nproc-per-node 2 -m dit.evaluate --subjects lessons/data/subjects --epochs 30 --steps 10 \
-    #   --densities 0.01 0.004 0.02 0.04 0.2 --atoms 256 16 1024 2048 --lrs 0.001 0.003 0.01 --tune-on cat snail \
-    #   --seeds 0 1 2 --out runs/customization
-    records = read_results(RESULTS)
-    rows = summarise(records)
-    print(to_markdown(rows))  # LoRA's and DoRA's best learning rate is the largest tried: higher ones may be better
+# %%
+drawn = {"not trained": pipe.generate(robot.prompts, **sampling)}
+for name, given in runs.items():
+    config = TrainConfig.of(pipe, epochs=1 if lesson.quick else 10, **{"lr": 0.003, **given})
+    train(pipe, data, config)
+    drawn[name] = pipe.generate(robot.prompts, **sampling)
+    detach(pipe.transformer)
 
-    # %% 5. Which of the paper's orderings come out? Each pair of its rows, over 9 pairs of trainings of ours. A gap
-    # below two standard errors leaves it undecided (and these are too small, since the 9 are of 3 subjects)
-    outcomes = {}
-    for title, settings in (("Table 1", TABLE_1), ("Table 2", TABLE_2)):
-        for i, score in enumerate(study.scores):
-            outcomes[title, score] = {"comes out": [], "reversed": [], "undecided": []}
-            for one, other in combinations(settings, 2):
-                if one.paper[i] < other.paper[i]:
-                    one, other = other, one
-                gap, error = compare(records, score, one, other)
-                verdict = "undecided" if abs(gap) < 2 * error else "comes out" if gap > 0 else "reversed"
-                outcomes[title, score][verdict].append(f"{one} > {other} ({gap:+.3f} ± {error:.3f})")
-            counts = ", ".join(f"{len(pairs)} {verdict}" for verdict, pairs in outcomes[title, score].items())
-            print(f"{title}, {score}: {counts}", *outcomes[title, score]["reversed"], sep="\n    not ")
-    print("(expect out, reversed, undecided: 4 0 6, 3 5 2, 6 2 2 in Table 1; 1 4 1, 5 0 1, 6 0 0 in Table 2)")
+# %% [markdown]
+# What would a perfect model get? We can know: the robot is made of polygons, so we can draw it exactly as each prompt
+# says. These 25 pictures are what to compare with. As a second comparison we draw an owl in the robot's place: right
+# scene, wrong subject.
+#
+# **Predict:** the model that is not trained draws something else for "robot". Will it have a high or low alignment? And
+# a high or low diversity?
 
-    show_cosines(pictures[:8], captions[:8], cosines[:8, :8], figures / "08_clip.png")
-    plot_methods(rows, figures / "08_methods.png")
-    sparse = [row for row in rows if row["setting"].method == "sparse"]
-    plot_sweep([row for row in sparse if row["setting"].atoms == 256], "density", figures / "08_density.png",
-               "a higher density, M = 256 (blue: here, grey: the paper)")  # fmt: skip
-    plot_sweep([row for row in sparse if row["setting"].density == 0.01], "atoms", figures / "08_atoms.png",
-               "more atoms, ρ = 0.01 (blue: here, grey: the paper)")  # fmt: skip
-    return {"found": found, "by_hand": by_hand, "library": library, "alone": alone, "live": live, "rows": rows,
-            "outcomes": outcomes}  # fmt: skip
+# %%
+backgrounds = "red", "green", "blue", "yellow", "purple"
+places = "centre", "top left", "top right", "bottom left", "bottom right"
+wanted = [(background, "large", place) for place in places for background in backgrounds]
+assert robot.prompts == [subjects.subject_caption("robot", *each) for each in wanted]
+perfect = [subjects.draw_subject("robot", *each, side=64) for each in wanted]
+owls = [subjects.draw_subject("owl", *each, side=64) for each in wanted]
+drawn = {"as it should be": perfect, "an owl instead": owls} | drawn
 
+# %%
+texts = clip.texts(robot.prompts)  # (25, C)
+originals = clip.images([open_picture(file).resize((64, 64)) for file in robot.files])  # (5, C)
+scores = {}
+for name, images in drawn.items():
+    seen = clip.images(images)  # (25, C)
+    by_hand = (seen * texts).sum(dim=1).mean().item(), (seen @ originals.T).mean().item()
+    scores[name] = alignment(seen, texts), fidelity(seen, originals), vendi_score(seen)
+    assert np.allclose(by_hand, scores[name][:2])
+lesson.table(("robot", "alignment", "fidelity", "diversity"), [(name, *row) for name, row in scores.items()])
+columns = [0, 7, 11, 18, 24]  # one of each place and colour
+shown = "as it should be", "not trained", "LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"
+rows = {name: [drawn[name][i] for i in columns] for name in shown}
+figure = draw.rows_of_pictures(rows, [robot.prompts[i].removeprefix("a robot ") for i in columns])
+lesson.show(figure, "08_pictures", "A robot at five places, as it should be and as four models draw it")
 
-# %% A figure of its own: cosines of pictures and captions
+# %% [markdown]
+# How to read the table:
+#
+# - **Fidelity** has a scale of its own. Even the perfect pictures do not reach 1, because the five pictures of the
+#   robot differ in place and background. The owl is at the other end.
+# - **Alignment** hardly looks at the subject. The owl gets almost as much as the robot. This CLIP knows words like
+#   "robot" only as names of something unknown, so it reads the place and the background.
+# - **More diversity is not better.** The perfect pictures have *little*: they all show the same robot. A model that has
+#   learned nothing is diverse: it draws a different wrong thing each time. So look at diversity beside fidelity.
 
+# %%
+perfect, owl, fresh = (scores[name] for name in ("as it should be", "an owl instead", "not trained"))
+lesson.check("as it should be: fidelity", perfect[1], (0.8, 0.95))
+lesson.check("an owl instead: fidelity", owl[1], (0.1, 0.4))
+lesson.check("an owl instead: alignment / the robot's", owl[0] / perfect[0], (0.7, 1), form=".0%")
+lesson.check("as it should be: diversity", perfect[2], (1.5, 2))
+lesson.check("not trained: diversity", fresh[2], (2, 9))
+for name in ("LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"):
+    gain = scores[name][1] - fresh[1]
+    lesson.check(f"{name}: fidelity above not trained", gain, (0.05, 0.9), quick=(-0.3, 0.9))
 
-def show_cosines(pictures, captions, cosines, path):
-    n = len(pictures)
-    figure, axes = plt.subplots(1, n + 1, figsize=(11, 4), layout="constrained", width_ratios=[5.2] + [1] * n)
-    axes[0].axis("off")
-    for i, (ax, picture) in enumerate(zip(axes[1:], pictures)):
-        ax.imshow(picture, extent=(-0.5, 0.5, -0.6, -1.6))
-        ax.imshow(cosines[i, :, None], vmin=-1, vmax=1, cmap="RdBu_r")
-        ax.set(xlim=(-0.5, 0.5), ylim=(n - 0.5, -1.6), xticks=[], yticks=[])
-        for row in range(n):
-            ax.text(0, row, f"{cosines[i, row]:.2f}", ha="center", va="center", fontsize=8)
-    axes[1].set_yticks(range(n), captions, fontsize=8)
-    figure.suptitle("the cosine of each picture with each caption: highest with its own")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+# %%
+sparse = {name: row for name, row in scores.items() if "ρ" in name and "seed" not in name}
+points = {name: scores[name][1:] for name in ("not trained", "LoRA", "DoRA", "OFT", *sparse)}
+paper = {"LoRA": PAPER["lora", None, None], "DoRA": PAPER["dora", None, None], "OFT": PAPER["oft", None, None]}
+paper |= {f"M 256, ρ {density}": PAPER["sparse", 256, density] for density in (0.01, 0.02)}
+paper |= {f"M {atoms}, ρ 0.01": PAPER["sparse", atoms, 0.01] for atoms in (16, 1024)}
+paper = {name: (row[0], row[2], row[1]) for name, row in paper.items()}  # alignment, fidelity, diversity as ours
+figure = draw.trade(points, {name: row[1:] for name, row in paper.items()})
+lesson.show(figure, "08_trade", "Diversity against fidelity for each method, here and in the paper")
 
+# %% [markdown]
+# ## Which of the paper's orderings are true here?
+#
+# Numbers of two different worlds cannot be compared, but orderings can. For each pair of settings we print the
+# difference in the paper and here. ✓ means the same sign, ✗ the opposite sign. A ? means that our difference is smaller
+# than what the seed alone changes, so it decides nothing.
+#
+# The first three pairs are Table 1 of the paper, the fourth is Fig. 7, a curve without numbers, and the last two are
+# Table 2.
 
-# Try
-# - Setting("sparse", 256, 0.2) and Setting("sparse", 16, 0.01) in section 3, the ends of the trade: fidelity 0.657 and
-#   0.510, diversity 4.17 and 5.38, alignment 0.230 and 0.215.
-# - guidance=6 in its StudyConfig: LoRA's fidelity falls to 0.548 and sparse's to 0.453, diversity rises to 5.5 and
-#   5.7; with 1 fidelity stays (0.649, 0.555) and diversity falls to 3.2 and 4.2.
+# %%
+pairs = [("M 256, ρ 0.02", other) for other in ("LoRA", "DoRA", "OFT")] + [("M 256, ρ 0.2", "M 256, ρ 0.01")]
+pairs += [("M 256, ρ 0.01", "M 16, ρ 0.01"), ("M 1024, ρ 0.01", "M 256, ρ 0.01")]
+verdicts = {}
+for i, measure in enumerate(("alignment", "fidelity", "diversity")):
+    by_seed = [row[i] for name, row in scores.items() if name.startswith("M 256, ρ 0.02")]  # both seeds
+    chance = max(by_seed) - min(by_seed)
+    rows, verdicts[measure] = [], []
+    for one, other in pairs:
+        ours = scores[one][i] - scores[other][i]
+        theirs = paper[one][i] - paper[other][i] if one in paper else (-1, 1, -1)[i]  # Fig. 7: falls, rises, falls
+        mark = "?" if abs(ours) < chance else "✓" if ours * theirs > 0 else "✗"
+        told = f"{theirs:+.3f}" if one in paper else ("rises" if theirs > 0 else "falls")
+        rows.append((f"{one} − {other}", told, f"{ours:+.3f}", mark))
+        verdicts[measure].append(mark)
+    lesson.table((f"{measure} (seeds differ by {chance:.3f})", "the paper", "here", ""), rows)
+    print()
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="less training and fewer pictures, for a check")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder for the pictures")
-    arguments = parser.parse_args()
-    main(arguments.quick, arguments.figures)
+# %%
+for measure, marks in verdicts.items():
+    lesson.check(f"{measure}: orderings as in the paper, of {len(marks)}", marks.count("✓"), (0, 6))
+    lesson.check(f"{measure}: orderings reversed", marks.count("✗"), (0, 6))
+curves = {
+    "density ρ": ([0.01, 0.02, 0.2], [scores[f"M 256, ρ {density}"] for density in (0.01, 0.02, 0.2)]),
+    "atoms M": ([16, 256, 1024], [scores[f"M {atoms}, ρ 0.01"] for atoms in (16, 256, 1024)]),
+}
+lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by number of atoms")
+
+# %% [markdown]
+# ## Where it stops being true
+#
+# - **One subject is few.** Another one may give other signs, and so may other learning rates. This command takes four
+#   subjects and two seeds, and chooses the learning rates on a fifth subject. It needs an hour or so on two CPU cores:
+#
+#       torchrun --nproc-per-node 2 -m dit.evaluate --subjects lessons/data/subjects --tune-on snail \
+#         --lrs 0.001 0.003 0.01 --densities 0.01 0.02 0.2 --atoms 256 16 1024 --seeds 0 1 --epochs 10 --pictures 1
+#
+# - **No score sees everything.** The Vendi score counts a spoiled picture as one more. Alignment sees the place and the
+#   background, not the robot. Look at pictures as well.
+# - **The methods are not equal in size.** As in the paper, each has its usual settings. LoRA has 16 numbers per channel
+#   here, and the dictionary 256 atoms. Lesson [7](07_editing.md) compares them at equal size.
+# - **A density is not exact.** A token uses $\max(1, \mathrm{round}(ρ M))$ atoms. See exercise 3.
+#
+# ## Exercises
+#
+# 1. Half of 100 pictures are equal to $a$, the other half to $b$, and the cosine of $a$ and $b$ is $c$. What is the
+#    Vendi score for $c = 0$, and for $c = 1$?
+# 2. A model ignores every prompt and always draws the first picture that it was trained on. What becomes of the three
+#    scores? Compute them: `drawn["a copy"] = [open_picture(robot.files[0]).resize((64, 64))] * 25`.
+# 3. Table 2 varies $M$ at $ρ = 0.01$. How many atoms does a token use with $M = 16$, and with $M = 1024$? Which share
+#    of all atoms is this?
+#
+# <details>
+# <summary>Answers</summary>
+#
+# 1. The eigenvalues of $K/n$ are $(1 + c)/2$ and $(1 - c)/2$. For $c = 0$ they are ½ and ½, and the score is 2. For
+#    $c = 1$ they are 1 and 0, and the score is 1.
+# 2. Diversity is exactly 1. Fidelity is 0.87, as high as that of the perfect pictures. Alignment is only 0.04, because
+#    place and background are wrong nearly everywhere. So fidelity alone would praise a copy.
+# 3. One of 16, and 10 of 1024: 6 % and 1 %. The smallest dictionary is the densest.
+#
+# </details>
+#
+# Next: [what one atom does to the picture](09_influence.md).
+
+# %%
+lesson.end()

@@ -1,5 +1,7 @@
 """The figures of the lessons, in their order. Each function draws what a lesson has computed and returns the figure."""
 
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import torch
 
@@ -22,6 +24,14 @@ def image(ax, pixels, title="", **options):
 def label(ax, x, y, text, color, **options):
     """Text beside a curve, in its colour, instead of a legend."""
     ax.annotate(text, (x, y), xytext=(6, 0), textcoords="offset points", color=color, va="center", **options)
+
+
+def apart(values, gap):
+    """Heights for labels beside these values, at least `gap` from each other"""
+    heights, order = list(values), sorted(range(len(values)), key=lambda i: values[i])
+    for lower, upper in zip(order, order[1:]):
+        heights[upper] = max(heights[upper], heights[lower] + gap)
+    return heights
 
 
 def decimal_ticks(axis, ticks):
@@ -319,4 +329,113 @@ def shares(curves, marks):
     ax.set_xscale("symlog", linthresh=4)
     decimal_ticks(ax.xaxis, [0, 1, 2, 4, 8, 12, 20, 40, 80, 200])
     ax.set(xlabel="atoms kept, the most important first (of 200)", ylabel="8s that became a 3, %", xlim=(-0.2, 330))
+    return figure
+
+
+# ---- 08 ---------------------------------------------------------------------------------------------------------
+
+
+def cosines(pictures, captions, values):
+    """Pictures in a row, and below each its cosine with every caption, values (pictures, captions)"""
+    figure, ax = panels(1, 1, width=9.6, height=4.1)
+    for i, picture in enumerate(pictures):
+        ax.imshow(picture, extent=(i - 0.46, i + 0.46, -0.35, -1.27))
+        for row, value in enumerate(values[i]):
+            weight = "bold" if row == i else "normal"
+            ax.text(i, 0.45 * row, f"{value:.2f}", ha="center", va="center", weight=weight)
+    ax.set(xlim=(-0.5, len(pictures) - 0.5), ylim=(0.45 * len(captions) - 0.2, -1.3), xticks=[])
+    ax.set_anchor("E")  # leaves room for the captions
+    wrapped = [fill(caption, 34) for caption in captions]
+    ax.set_yticks([0.45 * row for row in range(len(captions))], wrapped, fontsize=10)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return figure
+
+
+def rows_of_pictures(rows, titles):
+    """{label: pictures}, each row with its label at the left, under titles"""
+    columns = len(titles)
+    figure, axes = panels(len(rows), columns, width=9.6, height=9.6 / (columns + 0.9) * len(rows) + 0.5, squeeze=False)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title.replace(" on ", "\non "))
+    for line, (name, drawn) in zip(axes, rows.items()):
+        for ax, picture in zip(line, drawn):
+            image(ax, picture, ax.get_title())
+        line[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+    return figure
+
+
+def trade(ours, paper):
+    """Diversity against fidelity, {setting: (fidelity, diversity)} here and in the paper"""
+    figure, axes = panels(1, 2, width=9.6, height=4.6)
+    for ax, (title, points) in zip(axes, {"here": ours, "the paper": paper}.items()):
+        low, high = (pick(y for _, y in points.values()) for pick in (min, max))
+        heights = apart([y for _, y in points.values()], 0.06 * (high - low))
+        for (name, (x, y)), height in zip(points.items(), heights):
+            color = BLUE if "ρ" in name else GREY if name == "not trained" else ORANGE
+            ax.plot(x, y, "o", color=color)
+            label(ax, x, height, name, color)
+        left, right = ax.get_xlim()
+        ax.set(xlabel="fidelity", title=f"{title} (blue: sparse)", xlim=(left, right + 0.4 * (right - left)))
+    axes[0].set_ylabel("diversity")
+    return figure
+
+
+def sweeps(curves):
+    """{what is varied: (its values (n,), alignment, fidelity and diversity (n, 3))}: a row for each"""
+    titles = "alignment (the paper: falls)", "fidelity (the paper: rises)", "diversity (the paper: falls)"
+    figure, rows = panels(2, 3, width=9.6, height=5)
+    for axes, (varied, (values, scores)) in zip(rows, curves.items()):
+        for ax, title, score in zip(axes, titles, zip(*scores)):
+            ax.plot(values, score, "o-", color=BLUE)
+            ax.set(xscale="log", xlabel=varied, title=title)
+            decimal_ticks(ax.xaxis, values)
+    return figure
+
+
+# ---- 09 ---------------------------------------------------------------------------------------------------------
+
+
+def additivity(missed):
+    """Error of Eq. 11 for layers of degree 1, 2, …: {kind of atoms: (degrees,)}"""
+    figure, ax = panels(1, 1, height=3.8)
+    for (name, errors), color, up in zip(missed.items(), (BLUE, GREEN, ORANGE), (10, 10, -16)):
+        ax.plot(range(1, len(errors) + 1), [max(error, 1e-17) for error in errors], "o-", color=color)
+        ax.annotate(name, (3.5, errors[2]), (0, up), textcoords="offset points", color=color, ha="center")
+    ax.axhspan(1e-17, 1e-14, color="0.93")
+    ax.text(6, 2e-15, "rounding", color="0.5", ha="right")
+    ax.set(yscale="log", xlabel="degree K of the layer", ylabel="error of Eq. 11", ylim=(1e-17, 30))
+    return figure
+
+
+def by_block(summary):
+    """Two errors for each block: {variant: (…, errors of Eq. 11 (blocks,), errors of the first order (blocks,))}"""
+    figure, axes = panels(1, 2, height=3.8)
+    titles = "error of Eq. 11: 16 atoms\ntogether and one by one", "error of the first order:\na single atom taken out"
+    for ax, title, part in zip(axes, titles, (2, 3)):
+        curves = {name: 100 * row[part] for name, row in summary.items()}
+        last, top = len(next(iter(curves.values()))) - 1, max(curve.max().item() for curve in curves.values())
+        heights = apart([curve[-1].item() for curve in curves.values()], 0.07 * top)
+        for (name, curve), height, color in zip(curves.items(), heights, (BLUE, GREEN, ORANGE)):
+            ax.plot(curve, "o-", color=color)
+            label(ax, last, height, name, color)
+        ax.set(xlabel="block of the atoms", title=title, ylim=(0, 1.05 * top), xlim=(-0.3, last + 2.2))
+        ax.set_xticks(range(last + 1))
+    axes[0].set_ylabel("% of the effect")
+    return figure
+
+
+def depth(picture, changes):
+    """A picture (3, H, W) in [-1, 1], and what each block changes in it, (3, H, W) each, in one colour scale"""
+    columns = (len(changes) + 2) // 2
+    figure, axes = panels(2, columns, height=4.2)
+    reach = torch.stack(changes).mean(1).abs().quantile(0.999).item()
+    image(axes[0, 0], picture.movedim(0, -1) / 2 + 0.5, "with all atoms")
+    axes[1, 0].axis("off")
+    for block, change in enumerate(changes):
+        ax = axes[block // (columns - 1), 1 + block % (columns - 1)]
+        image(ax, change.mean(0), f"block {block}", cmap="RdBu_r", vmin=-reach, vmax=reach)
+    bar = figure.colorbar(axes[0, 1].images[0], ax=axes[1, 0], location="bottom", shrink=0.9, extend="both")
+    bar.set_ticks([-reach, 0, reach], labels=[f"−{reach:.1f}", "0", f"{reach:.1f}"])
+    bar.set_label("with − without")
     return figure

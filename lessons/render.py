@@ -19,7 +19,10 @@ TEMPLATE = """
 {%- block data_png -%}
 ![{{ output.data["text/plain"] }}]({{ output.metadata.filenames["image/png"] }})
 {%- endblock -%}
-"""  # nbconvert's own would describe every picture as "png"
+{%- block stream -%}
+{%- if output.name == "stdout" -%}{{ super() }}{%- endif -%}
+{%- endblock -%}
+"""  # nbconvert's own would describe every picture as "png", and show what belongs to a terminal
 
 
 def render(script):

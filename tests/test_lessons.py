@@ -53,40 +53,10 @@ def check_07(got):
     assert table["sparse", "other", "follows"] > table["LoRA, r 16", "other", "follows"]
 
 
-def check_08(got):
-    assert min(got["found"]) >= 0.95
-    assert got["library"] == pytest.approx(got["by_hand"], abs=1e-3) and 1 < got["library"] < 4 < got["alone"]
-    assert set(got["live"]) == {"base", "lora", "sparse, M 256, ρ 0.02"}
-    assert got["live"]["lora"]["parameters"] == 6 * 4 * 16 * 256
-    rows = {str(row["setting"]): row for row in got["rows"]}
-    assert len(rows) == 12 and all(row["fidelity"] > rows["base"]["fidelity"] + 0.2 for row in got["rows"][1:])
-    verdicts = {key: [len(pairs) for pairs in found.values()] for key, found in got["outcomes"].items()}
-    assert verdicts["Table 2", "fidelity"] == [6, 0, 0] and verdicts["Table 2", "diversity"] == [5, 0, 1]
-    assert verdicts["Table 1", "alignment"][1] == 0 and verdicts["Table 2", "alignment"][1] == 4
-
-
-def check_09(got):
-    assert got["mixed"] == [2, -2]
-    assert max(got["eq_11"]["sharing no channel"]) < 1e-14 and min(got["eq_11"]["sharing all"][1:]) > 0.1
-    assert got["missed"][5] > 1e-5 and got["missed"][8] < 1e-13
-    free, penalised = got["runs"][0.0], got["runs"][1.0]
-    assert penalised[0] < 0.1 * free[0]  # mean cos²
-    assert max(penalised[3:]) > 0.5 * max(free[3:])  # and they add up no better
-    errors = got["first order, an atom taken out of all"]
-    assert errors[-1] < 0.15 < 0.3 < max(errors[:3])  # 0.08 and 0.78 in full
-    for who in ("an atom", "a block"):
-        assert got[f"low in noise, {who}"][-1] == min(got[f"low in noise, {who}"]) < 0.35
-
-
 CHECKS = {
     "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
     "06_finetune": (check_06, {"06_atoms.png", "06_importance.png", "06_where.png"}),
     "07_editing": (check_07, {"07_editing.png", "07_rank_one.png", "07_where.png", "07_measured.png"}),
-    "08_customization": (
-        check_08,
-        {"08_clip.png", "08_pictures.png", "08_methods.png", "08_density.png", "08_atoms.png"},
-    ),
-    "09_influence": (check_09, {"09_expansion.png", "09_first_order.png", "09_depth.png"}),
 }
 
 
@@ -130,11 +100,23 @@ def look_04(got):
     assert got["half"](got["flipped"]) < got["half"](got["no_sigma"])
 
 
+def look_08(got):
+    assert got["by_hand"][0] == pytest.approx(got["scores"]["M 1024, ρ 0.01"][0], abs=1e-6)  # alignment of the last run
+    assert len({images[0].tobytes() for images in got["drawn"].values()}) == 12  # every model draws its own picture
+
+
+def look_09(got):
+    assert len(got["changes"]["sparse"]) == len(got["summary"]["sparse"][2]) == got["model"].config.num_layers
+    assert all(change.abs().max() > 0.01 for change in got["changes"]["sparse"])  # no block is silent
+
+
 LOOKS = {
     "01_ista_fista": look_01,
     "02_attention_as_dictionary": look_02,
     "03_fourier_toy": look_03,
     "04_mnist_vae": look_04,
+    "08_customization": look_08,
+    "09_influence": look_09,
 }
 
 PAGES = [file.stem for file in (LESSONS / "pages").glob("*.md")]

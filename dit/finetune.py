@@ -90,7 +90,7 @@ def parse(argv=None):
     add("--gradient-accumulation", type=whole, default=1, help="batches for each step of the optimizer")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw (§4.3) or came (Appendix B)")
     add("--lr", type=positive, help="(the model's own for adamw, 1e-4 for came)")
-    add("--lr-schedule", choices=SCHEDULES, help="constant, or inverse-square: 1/step² after step 100 (the model's)")
+    add("--lr-schedule", choices=SCHEDULES, help="constant, or inverse-square: 1/step² after step 150 (the model's)")
     add("--resolution", type=whole, help="side of the training pictures in pixels")
     add("--random-flip", action="store_true", help="train on mirror images as well")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")

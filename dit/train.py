@@ -23,7 +23,7 @@ from sparsecode import adapters, attach, detach, orthogonality, read_header, rec
 from sparsecode.common import UserError, replacing
 
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
-HOLD = 100  # steps
+HOLD = 150  # steps
 SCHEDULES = {  # the share of the learning rate at a step
     "constant": lambda step: 1.0,
     # Held, then falling as 1/step²: its sum, which is what harms other captions, stays below 2 HOLD.

@@ -332,6 +332,69 @@ def shares(curves, marks):
     return figure
 
 
+# ---- 05 to 07 ---------------------------------------------------------------------------------------------------
+
+
+def latent(picture, values, decoded):
+    """A picture (3, H, W) in [-1, 1], the channels of its latent (4, h, w), and the decoded picture"""
+    figure, axes = panels(1, 6, width=10, height=2.2)
+    image(axes[0], picture.movedim(0, -1) / 2 + 0.5, "picture")
+    for number, (ax, channel) in enumerate(zip(axes[1:], values)):
+        image(ax, channel, f"channel {number}")
+    image(axes[5], decoded.movedim(0, -1) / 2 + 0.5, "decoded")
+    return figure
+
+
+def picture_rows(rows, titles):
+    """{label: pictures}, each row with its label at the left, under titles"""
+    columns = len(titles)
+    size = 1.75  # inches; a picture takes more than 128 pixels
+    wide = 0.9 if any(rows) else 0
+    high = size * len(rows) + 0.25 * (1 + max(title.count("\n") for title in titles))
+    figure, axes = panels(len(rows), columns, width=size * columns + wide, height=high, squeeze=False)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title)
+    for line, (name, pictures) in zip(axes, rows.items()):
+        for ax, picture in zip(line, pictures):
+            image(ax, picture, ax.get_title())
+        for ax in line[len(pictures) :]:
+            ax.set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
+
+
+def word_maps(picture, maps, words):
+    """A picture (3, H, W) in [-1, 1], and how much its patches look at each word, (words, h, w), against the mean"""
+    grey, edge = picture.mean(dim=0), picture.shape[-1] - 0.5
+    lines = -(-(len(words) + 1) // 5)
+    figure, axes = panels(lines, 5, width=9.6, height=1.95 * lines)
+    image(axes.flat[0], picture.movedim(0, -1) / 2 + 0.5, "the picture")
+    for ax in axes.flat[1:]:
+        ax.axis("off")
+    for ax, word, looks in zip(axes.flat[1:], words, maps):
+        image(ax, grey, word.replace("</s>", "(end)"))
+        ratio = (looks / looks.mean()).log2()  # (h, w)
+        box = (-0.5, edge, edge, -0.5)
+        colours = ax.imshow(ratio, cmap="RdBu_r", alpha=0.7, vmin=-2, vmax=2, extent=box, interpolation="nearest")
+    bar = figure.colorbar(colours, ax=axes, ticks=[-2, -1, 0, 1, 2], shrink=0.7)
+    bar.ax.set_yticklabels(["¼", "½", "mean", "2 ×", "4 ×"])
+    return figure
+
+
+def fidelity(points):
+    """{method: one (fidelity, edits kept, others right) for each training}"""
+    figure, axes = panels(1, 2, height=3.8)
+    titles = "edits: how much of the subject is kept", "other captions: share drawn right"
+    for ax, title, column in zip(axes, titles, (1, 2)):
+        for (name, each), color in zip(points.items(), (ORANGE, BLUE)):
+            x, y = [point[0] for point in each], [point[column] for point in each]
+            ax.plot(x, y, "o", color=color)
+            last = max(range(len(x)), key=lambda i: x[i])
+            label(ax, x[last], y[last], name, color)
+        left, right = ax.get_xlim()
+        ax.set(xlabel="fidelity: kept with the trained prompt", title=title, xlim=(left, right + 0.35 * (right - left)))
+
+
 # ---- 08 ---------------------------------------------------------------------------------------------------------
 
 

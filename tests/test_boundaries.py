@@ -33,7 +33,7 @@ def test_sparsecode_knows_nothing_of_pictures(file):
 @pytest.mark.parametrize("file", sorted(ROOT.glob("dit/**/*.py")), ids=lambda f: f.name)
 def test_dit_needs_no_reference_library(file):
     """CLIP alone, which measures and is no part of the model, is transformers'."""
-    allowed = {"transformers"} if file.name in ("metrics.py", "pretrain.py") else set()
+    allowed = {"transformers"} if file.name in ("metrics.py", "clip.py") else set()
     assert not set(imported(file)) & ({"lessons"} | TEST_TOOLS) - allowed
 
 

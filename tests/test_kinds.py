@@ -4,9 +4,13 @@ The truth is the module itself, for O and for what it returns, and its own atten
 """
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from small_model import shake
 from torch import nn
 
@@ -25,6 +29,7 @@ from sparsecode import (
     trainable,
 )
 
+ROOT = Path(__file__).parent.parent
 OPTIONS = dict(atoms=16, density=0.25)
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 PADDING = torch.tensor([[False, False, False, False, True], [False, False, True, True, True]])
@@ -318,6 +323,30 @@ def test_adapters_go_to_diffusers_and_back(method, options, tmp_path):
     other = PixArtTransformer2DModel(**{**theirs.config, "num_layers": 3})
     with pytest.raises(UserError, match="num_layers is 2 there and 3 here"):
         load_adapter(other, tmp_path / "b.safetensors")
+
+
+def test_the_readmes_lines_draw_what_sample_draws(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from dit import sample
+    from dit.checkpoint import load_transformer
+
+    torch.manual_seed(0)
+    model = load_transformer(ROOT / "weights" / "tiny" / "transformer")
+    shake(attach(model, **OPTIONS))
+    monkeypatch.chdir(tmp_path)
+    Path("weights").symlink_to(ROOT / "weights")
+    Path("runs/robot").mkdir(parents=True)
+    save_adapter(model, "runs/robot/adapter.safetensors")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own diffusers pipeline")[1]
+    lines = section.split("\n## ")[0].splitlines()
+    exec("\n".join(line[4:] for line in lines if line.startswith("    ")), {})
+    command = ["a robot on a red background", "--weights=weights/tiny", "--seed=0", "--guidance=4.5", "--device=cpu"]
+    sample.main([*command, "--adapter=runs/robot/adapter.safetensors", "--scale=0.7", "--out=ours.png"])
+    sample.main([*command, "--out=base.png"])
+    theirs, ours, base = (np.asarray(Image.open(f"{name}.png"), dtype=int) for name in ("robot", "ours", "base"))
+    assert np.abs(ours - theirs).max() <= 2 and np.abs(ours - base).max() > 20
+    before, after = load_file("runs/robot/adapter.safetensors"), load_file("robot.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("method, options", [("sparse", OPTIONS), ("lora", dict(r=2)), ("dora", dict(r=2))])

@@ -1,7 +1,6 @@
 """Every lesson runs in its quick mode, its checks hold, and its page is made of what the script says."""
 
 import builtins
-import importlib.util
 import re
 import runpy
 import sys
@@ -13,66 +12,6 @@ from lesson import Lesson
 
 matplotlib.use("agg")
 LESSONS = Path(__file__).parent.parent / "lessons"
-
-
-def check_05(got):
-    assert got["step_difference"] < 1e-4
-    assert got["same_picture"]
-    assert got["samplers_db"] > 30
-    assert got["error_right"] < 0.5 * got["error_without"] < 0.25 * got["error_wrong"]
-    assert max(got["focus"][1:]) > 3  # somewhere the star's patches read 'star'
-
-
-def check_06(got):
-    assert got["silent"] and got["same_as_base"]
-    assert got["parameters"] == (128 + 128) * 256
-    assert got["difference"] < 1e-4
-    assert got["chosen"] == pytest.approx(5 / 256)
-    assert got["mixed"] > got["chosen"]
-    assert got["loss_last"] < 0.5 * got["loss_first"]
-    assert got["psnr"]["all"] > 16 > 14 > got["psnr"][0]  # 20.6 and 12.5 dB in full
-    assert sum(got["blocks"]) == pytest.approx(1)
-    assert got["nearest"] > 0.3  # 0.25 if every atom acted everywhere
-
-
-def check_07(got):
-    assert got["library"] == pytest.approx(got["by_hand"], abs=1e-4)
-    live = {label: kept for label, ((_, kept), _) in got["scores"].items()}  # with the trained prompt
-    assert min(live["sparse"], live["one atom of 256"]) > max(live["sparse, 40 atoms"], live["base model"])
-    assert got["ratio"]["a red star in the middle on a blue background"] < 0.9  # 0.67
-    table = {key: sum(values) / len(values) for key, values in got["table"].items()}
-
-    def kept(label, edit="background"):
-        return table[label, edit, "kept"]
-
-    assert kept("base model") < 0.1 < 0.85 < kept("drawn by hand")
-    assert kept("sparse, trained at density 0.004") < kept("sparse") < kept("sparse, trained at density 0.1")
-    assert abs(kept("sparse") - kept("LoRA, r 16")) < 0.05
-    assert kept("one atom") > kept("LoRA, r 1") + 0.1 and kept("one atom, M 4") < kept("LoRA, r 1")
-    assert max(kept(label, "place") for label in ("LoRA, r 16", "sparse", "one atom")) < 0.2
-    assert table["sparse", "other", "follows"] > table["LoRA, r 16", "other", "follows"]
-
-
-CHECKS = {
-    "05_pixart": (check_05, {"05_denoising.png", "05_cross_attention.png"}),
-    "06_finetune": (check_06, {"06_atoms.png", "06_importance.png", "06_where.png"}),
-    "07_editing": (check_07, {"07_editing.png", "07_rank_one.png", "07_where.png", "07_measured.png"}),
-}
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"lesson_{name}", LESSONS / f"{name}.py")
-    lesson = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lesson)
-    return lesson
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_lesson(name, tmp_path):
-    check, figures = CHECKS[name]
-    check(load(name).main(quick=True, figures=tmp_path))
-    assert {file.name for file in tmp_path.iterdir()} == figures
-    assert min(file.stat().st_size for file in tmp_path.iterdir()) > 5000  # not an empty page
 
 
 def look_01(got):
@@ -100,6 +39,24 @@ def look_04(got):
     assert got["half"](got["flipped"]) < got["half"](got["no_sigma"])
 
 
+def look_05(got):
+    assert got["first"].shape == got["noise"].shape and got["same"]
+    assert got["right"] < got["nothing"] < got["wrong"]
+    assert got["attention"].sum(dim=1).allclose(got["torch"].ones(64), atol=1e-4)  # rows of A
+
+
+def look_06(got):
+    assert got["kept"]["all"] > got["kept"][0] + 0.1
+    assert not got["drawn"][0].equal(got["drawn"]["all"])
+    assert got["picks"].count_nonzero() == 5 * 64
+
+
+def look_07(got):
+    assert set(got["scores"]) == {"base model", *got["methods"]} and len(got["edits"]) == 5
+    assert got["pictures"].keys() == set(got["prompts"])
+    assert len({images[0].tobytes() for images in got["drawn"].values()}) == 5  # every adapter draws its own picture
+
+
 def look_08(got):
     assert got["by_hand"][0] == pytest.approx(got["scores"]["M 1024, ρ 0.01"][0], abs=1e-6)  # alignment of the last run
     assert len({images[0].tobytes() for images in got["drawn"].values()}) == 12  # every model draws its own picture
@@ -115,6 +72,9 @@ LOOKS = {
     "02_attention_as_dictionary": look_02,
     "03_fourier_toy": look_03,
     "04_mnist_vae": look_04,
+    "05_pixart": look_05,
+    "06_finetune": look_06,
+    "07_editing": look_07,
     "08_customization": look_08,
     "09_influence": look_09,
 }
@@ -192,4 +152,4 @@ def test_in_a_notebook_the_arguments_are_those_of_the_kernel(monkeypatch, tmp_pa
 
 
 def test_no_lesson_is_left_out():
-    assert {file.stem for file in LESSONS.glob("[0-9]*.py")} == set(CHECKS) | set(LOOKS)
+    assert {file.stem for file in LESSONS.glob("[0-9]*.py")} == set(LOOKS)

@@ -1,6 +1,7 @@
 """Edits, measured on the subjects that ship: did the edit happen, and is the subject still there?"""
 
 import itertools
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,8 +9,37 @@ import torch
 from dit.data import load_images
 from dit.pictures import square, to_tensor
 from dit.tiny.judge import CLASSES
-from dit.tiny.scenes import BACKGROUNDS, OFFSET, PLACES
+from dit.tiny.scenes import BACKGROUNDS, PATTERNS, PLACES, SENTENCES, article, where
 from dit.tiny.subjects import PICTURES, PROMPT_PLACES, draw_subject, subject_caption
+
+SECOND = ("strawberry", "duck", "star")  # things that the model knows
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a picture of a subject should show; `kind` says what is changed, "same" if nothing is."""
+
+    kind: str
+    subject: str
+    background: str
+    pattern: str
+    size: str
+    place: str
+    second: str | None = None  # a small thing at the opposite place
+
+    @property
+    def opposite(self):
+        x, y = PLACES[self.place]
+        return next(name for name, place in PLACES.items() if place == (-x, -y))
+
+    @property
+    def prompt(self):
+        words = self.subject if self.size == "large" else f"{self.size} {self.subject}"
+        things = f"{article(words)} {words} {where(self.place)}"
+        if self.second:
+            things += f" and a small {self.second} {where(self.opposite)}"
+        word = self.background if self.pattern == "plain" else f"{self.pattern} {self.background}"
+        return SENTENCES[0].format(things=things, background=f"{article(word)} {word} background")
 
 
 class SubjectPicture:
@@ -19,40 +49,42 @@ class SubjectPicture:
         self.name, self.file = name, Path(folder) / name / f"{number:02}.png"
         self.background, self.size, self.place = PICTURES[name][number - 1]
         self.caption = subject_caption(name, self.background, self.size, self.place)
+        self.same = Edit("same", name, self.background, "plain", self.size, self.place)
         self.picture = load_images([self.file], side)[0]  # (3, side, side)
-        # What is the same on two backgrounds is subject alone.
-        white, black = (self.draw(background, self.place) for background in ("white", "black"))  # (3, side, side) each
-        self.mask = (white - black).abs().amax(0) < 0.1  # (side, side)
+        self.mask = self.mask_of(self.place, self.size)  # (side, side)
 
-    def draw(self, background, place):
-        """What a perfect edit would show, (3, side, side)."""
-        drawn = draw_subject(self.name, background, self.size, place)
+    def draw(self, background, place, size=None):
+        """What a perfect edit would show on a plain background, (3, side, side)."""
+        drawn = draw_subject(self.name, background, size or self.size, place)
         return to_tensor([square(drawn, self.picture.shape[1])])[0]
 
+    def mask_of(self, place, size):
+        """The pixels (side, side) that are subject alone: those that are the same on two backgrounds."""
+        white, black = (self.draw(background, place, size) for background in ("white", "black"))
+        return (white - black).abs().amax(0) < 0.1
+
     def edits(self):
-        """Every other background, and every other of five places: list of (prompt, background, place)."""
-        scenes = [(other, self.place) for other in BACKGROUNDS if other != self.background]
-        scenes += [(self.background, other) for other in PROMPT_PLACES if other != self.place]
-        return [(subject_caption(self.name, scene[0], self.size, scene[1]), *scene) for scene in scenes]
+        """Other backgrounds, patterns and places, the other size, and a second thing where there is room for it."""
+        changes = [("background", {"background": other}) for other in BACKGROUNDS if other != self.background]
+        changes += [("pattern", {"pattern": pattern}) for pattern in PATTERNS[1:]]
+        changes += [("place", {"place": other}) for other in PROMPT_PLACES if other != self.place]
+        changes += [("size", {"size": "small" if self.size == "large" else "large"})]
+        if self.place != "centre":
+            changes += [("second thing", {"second": thing}) for thing in SECOND]
+        return [replace(self.same, kind=kind, **change) for kind, change in changes]
 
-    def kept(self, images, place, reach=3):
-        """How much of the subject is left at a place: the correlation of its pixels with those there, 1 for all of it.
+    def kept(self, images, place, size=None, reach=3):
+        """How much of the subject is left: the correlation of its pixels, as drawn there, with the pictures'.
 
-        images (B, 3, side, side) -> (B,). The best of all shifts by up to `reach` pixels counts.
+        images (B, 3, side, side) -> (B,), 1 for all of it. The best of all shifts by up to `reach` pixels counts.
         """
-        subject = standardise(self.picture[:, self.mask].flatten())  # (3·pixels,)
-        down, right = self.displacement(place)
+        mask = self.mask_of(place, size or self.size)  # (side, side)
+        subject = standardise(self.draw("white", place, size)[:, mask].flatten())  # (3·pixels,)
         scores = []
         for shift in itertools.product(range(-reach, reach + 1), repeat=2):
-            back = images.roll((shift[0] - down, shift[1] - right), (2, 3))  # (B, 3, side, side)
-            scores.append(standardise(back[:, :, self.mask].flatten(1)) @ subject)  # (B, 3·pixels) -> (B,)
+            shifted = images.roll(shift, (2, 3))  # (B, 3, side, side)
+            scores.append(standardise(shifted[:, :, mask].flatten(1)) @ subject)  # (B, 3·pixels) -> (B,)
         return torch.stack(scores).amax(0)  # (shifts, B) -> (B,)
-
-    def displacement(self, place):
-        """How far away a place is, in pixels (down, right)."""
-        step = OFFSET[self.size] * self.picture.shape[1] // 64
-        (x, y), (new_x, new_y) = PLACES[self.place], PLACES[place]
-        return step * (new_y - y), step * (new_x - x)
 
 
 def standardise(x):
@@ -61,8 +93,19 @@ def standardise(x):
 
 
 @torch.no_grad()
-def follows(judge, images, background, place):
-    """images (B, 3, 64, 64) -> (B,) bool: whether the judge sees this background, and the object at this place."""
-    answers, wanted = judge(images), {"background": background, "place": place}
-    seen = [answers[question].argmax(1) == CLASSES[question].index(word) for question, word in wanted.items()]
-    return seen[0] & seen[1]
+def follows(judge, images, edit):
+    """images (B, 3, 64, 64) -> (B,) bool: whether the judge sees the edit's background, pattern, places and thing.
+
+    The subject itself is unknown to the judge. A second thing must be among the two likeliest things.
+    """
+    answers = judge(images)
+    places = {edit.place, edit.opposite} if edit.second else {edit.place}
+    wanted = {"background": {edit.background}, "pattern": {edit.pattern}, "place": places}
+    seen = torch.ones(len(images), dtype=torch.bool)
+    for question, words in wanted.items():
+        best = answers[question].topk(len(words)).indices.sort(dim=1).values  # (B, words)
+        seen &= (best == torch.tensor(sorted(map(CLASSES[question].index, words)))).all(dim=1)
+    if edit.second:
+        best = answers["thing"].topk(2).indices  # (B, 2)
+        seen &= (best == CLASSES["thing"].index(edit.second)).any(dim=1)
+    return seen

@@ -73,7 +73,8 @@ class TrainConfig:
         Names that are no field, like atoms=64 or r=4, are options of the method.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        models = check_fields(pipe.defaults.get("finetune") or {}, {}, DEFAULTS, f"{pipe.folder}/defaults.json: finetune")
+        where = f"{pipe.folder}/defaults.json: finetune"
+        models = check_fields(pipe.defaults.get("finetune") or {}, {}, DEFAULTS, where)
         defaults = {"atoms": 256, "density": 0.02, "resolution": pipe.resolution, **models}
         if given.get("optimizer") == "came":
             defaults.pop("lr", None)  # a model's own is for AdamW, whose steps are shorter

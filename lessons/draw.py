@@ -393,6 +393,7 @@ def fidelity(points):
             label(ax, x[last], y[last], name, color)
         left, right = ax.get_xlim()
         ax.set(xlabel="fidelity: kept with the trained prompt", title=title, xlim=(left, right + 0.35 * (right - left)))
+    return figure
 
 
 # ---- 08 ---------------------------------------------------------------------------------------------------------

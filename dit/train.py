@@ -20,7 +20,7 @@ from dit.came import CAME
 from dit.data import encode, load_images
 from dit.diffusion import add_noise, noise_error, sampling_timesteps
 from sparsecode import adapters, attach, detach, orthogonality, read_header, record_usage, save_adapter, trainable
-from sparsecode.common import UserError, replacing
+from sparsecode.common import COUNT, POSITIVE, Kind, UserError, check_fields, replacing
 
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
 HOLD = 150  # steps
@@ -28,6 +28,13 @@ SCHEDULES = {  # the share of the learning rate at a step
     "constant": lambda step: 1.0,
     # Held, then falling as 1/step²: its sum, which is what harms other captions, stays below 2 HOLD.
     "inverse-square": lambda step: min(1.0, (HOLD / (step + 1)) ** 2),
+}
+
+SCHEDULE = Kind(f"one of {', '.join(SCHEDULES)}", lambda value: value in tuple(SCHEDULES))
+DEFAULTS = {  # what a model's defaults.json may say of fine-tuning
+    **dict.fromkeys(("epochs", "repeats", "batch_size", "atoms", "resolution"), COUNT),
+    **dict.fromkeys(("lr", "density"), POSITIVE),
+    "lr_schedule": SCHEDULE,
 }
 
 
@@ -66,7 +73,9 @@ class TrainConfig:
         Names that are no field, like atoms=64 or r=4, are options of the method.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        defaults = {"atoms": 256, "density": 0.02, "resolution": pipe.resolution, **pipe.defaults.get("finetune", {})}
+        where = f"{pipe.folder}/defaults.json: finetune"
+        models = check_fields(pipe.defaults.get("finetune") or {}, {}, DEFAULTS, where)
+        defaults = {"atoms": 256, "density": 0.02, "resolution": pipe.resolution, **models}
         if given.get("optimizer") == "came":
             defaults.pop("lr", None)  # a model's own is for AdamW, whose steps are shorter
         names = {f.name for f in fields(cls)}

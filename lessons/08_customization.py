@@ -9,7 +9,7 @@
 #
 # *Top: how the robot should look. Below: the model before it has learned the robot, and after, by three methods.*
 #
-# You need lesson [6](06_finetune.md). It takes about 2 minutes on two CPU cores, 20 seconds with `--quick`.
+# You need lesson [6](06_finetune.md). It takes about 2 minutes on one CPU core, 20 seconds with `--quick`.
 #
 # ## The words
 #
@@ -134,8 +134,8 @@ for name, given in runs.items():
 # says. These 25 pictures are what to compare with. As a second comparison we draw an owl in the robot's place: right
 # scene, wrong subject.
 #
-# **Predict:** the model that is not trained draws something else for "robot". Will it have a high or low alignment? And
-# a high or low diversity?
+# **Predict:** the model that is not trained draws something else for "robot". Will its alignment be high or low? And
+# which pictures will have the higher diversity, the perfect ones or those of a model that has half learned the robot?
 
 # %%
 backgrounds = "red", "green", "blue", "yellow", "purple"
@@ -169,8 +169,8 @@ lesson.show(figure, "08_pictures", "A robot at five places, as it should be and 
 #   robot differ in place and background. The owl is at the other end.
 # - **Alignment** hardly looks at the subject. The owl gets almost as much as the robot. This CLIP knows words like
 #   "robot" only as names of something unknown, so it reads the place and the background.
-# - **More diversity is not better.** The perfect pictures have *little*: they all show the same robot. A model that has
-#   learned nothing is diverse: it draws a different wrong thing each time. So look at diversity beside fidelity.
+# - **More diversity is not better.** The perfect pictures have the *least*: they all show the same robot. Robots that
+#   are spoiled in different ways count as different pictures. So look at diversity beside fidelity.
 
 # %%
 perfect, owl, fresh = (scores[name] for name in ("as it should be", "an owl instead", "not trained"))
@@ -178,7 +178,8 @@ lesson.check("as it should be: fidelity", perfect[1], (0.8, 0.95))
 lesson.check("an owl instead: fidelity", owl[1], (0.1, 0.4))
 lesson.check("an owl instead: alignment / the robot's", owl[0] / perfect[0], (0.7, 1), form=".0%")
 lesson.check("as it should be: diversity", perfect[2], (1.5, 2))
-lesson.check("not trained: diversity", fresh[2], (2, 9))
+least = min(scores[name][2] for name in runs)  # of those that were trained
+lesson.check("as it should be: diversity, times the least of the trained", perfect[2] / least, (0.5, 1), quick=(0.3, 2))
 for name in ("LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"):
     gain = scores[name][1] - fresh[1]
     lesson.check(f"{name}: fidelity above not trained", gain, (0.05, 0.9), quick=(-0.3, 0.9))
@@ -223,8 +224,7 @@ for i, measure in enumerate(("alignment", "fidelity", "diversity")):
 
 # %%
 for measure, marks in verdicts.items():
-    lesson.check(f"{measure}: orderings as in the paper, of {len(marks)}", marks.count("✓"), (0, 6))
-    lesson.check(f"{measure}: orderings reversed", marks.count("✗"), (0, 6))
+    lesson.check(f"{measure}: pairs ordered as in the paper, of 6", marks.count("✓"), (2, 6), quick=(0, 6))
 curves = {
     "density ρ": ([0.01, 0.02, 0.2], [scores[f"M 256, ρ {density}"] for density in (0.01, 0.02, 0.2)]),
     "atoms M": ([16, 256, 1024], [scores[f"M {atoms}, ρ 0.01"] for atoms in (16, 256, 1024)]),
@@ -232,8 +232,19 @@ curves = {
 lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by number of atoms")
 
 # %% [markdown]
+# - **Alignment: the sparse dictionary is above LoRA, DoRA and OFT, as in Table 1.** But the gaps are small beside the
+#   0.03 between robot and owl. And more atoms do *not* cost alignment here: what is drawn better is also read better.
+# - **Fidelity: density and number of atoms raise it**, as in Fig. 7 and Table 2. Against LoRA the sign is reversed:
+#   the sparse dictionary is the better one here.
+# - **Diversity: density and number of atoms lower it**, as in the paper. Against LoRA it is reversed, and this is no
+#   loss: LoRA is diverse because its robots are spoiled.
+#
+# So the trade between fidelity and diversity is the clearest result. It goes the paper's way in both ablations.
+#
 # ## Where it stops being true
 #
+# - **Learning rates matter.** Those above were not searched for. With 0.003 the fidelity of LoRA is 0.80 and that of
+#   DoRA 0.80, below the 0.83 of the dictionary; with 0.001 LoRA's is 0.73.
 # - **One subject is few.** Another one may give other signs, and so may other learning rates. This command takes four
 #   subjects and two seeds, and chooses the learning rates on a fifth subject. It needs an hour or so on two CPU cores:
 #

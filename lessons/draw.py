@@ -420,12 +420,12 @@ def rows_of_pictures(rows, titles):
     """{label: pictures}, each row with its label at the left, under titles"""
     columns = len(titles)
     figure, axes = panels(len(rows), columns, width=9.6, height=9.6 / (columns + 0.9) * len(rows) + 0.5, squeeze=False)
-    for ax, title in zip(axes[0], titles):
-        ax.set_title(title.replace(" on ", "\non "))
     for line, (name, drawn) in zip(axes, rows.items()):
         for ax, picture in zip(line, drawn):
-            image(ax, picture, ax.get_title())
+            image(ax, picture)
         line[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title.replace(" on ", "\non "), fontsize=9.5)
     return figure
 
 

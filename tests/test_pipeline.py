@@ -185,7 +185,7 @@ def test_pictures_show_their_captions(pipe, withheld):
 
 def test_judge_reads_fresh_renderings_and_can_say_no():
     judge = load_judge(TINY / "judge")
-    scenes, _ = captions_to_judge(200, withheld=True, two_things=0.3, seed=1)
+    scenes, _ = captions_to_judge(200, withheld=True, seed=1)
     images = [draw(scene) for scene in scenes]
     assert right(judge, images, scenes)["joint"].float().mean() >= 0.99
     assert right(judge, images, scenes[1:] + scenes[:1])["joint"].float().mean() < 0.05

@@ -29,6 +29,13 @@ def test_a_config_is_what_is_given_then_the_models_then_the_papers(pipe):
         TrainConfig.of(pipe, resolution=18)
 
 
+@pytest.mark.parametrize("name, value", [("epochs", "many"), ("lr", -1), ("batch_size", 0), ("lr_schedule", [1])])
+def test_what_a_models_defaults_may_say(pipe, name, value):
+    pipe.defaults = {"finetune": {name: value}}
+    with pytest.raises(UserError, match=f"defaults.json: finetune: {name} is "):
+        TrainConfig.of(pipe)
+
+
 def test_compiled_training_and_sampling_give_the_same(pipe, monkeypatch):
     """With the backend that runs the compiled graphs, but generates no code for them, which takes minutes."""
     compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")

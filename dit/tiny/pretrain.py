@@ -22,7 +22,7 @@ from dit.tiny.clip import train_clip
 from dit.tiny.generator import HEADS, train_transformer
 from dit.tiny.judge import save_judge, train_judge
 from dit.tiny.text import train_text, train_tokenizer
-from sparsecode.common import UserError, replacing
+from sparsecode.common import UserError, read_json, replacing
 
 # What travels with the model as its defaults.json: the guidance that dit.tiny.judge found best of 1.5, 2, 3 and 4.5,
 # and the fine-tuning settings that draw a new subject within two minutes on two CPU cores.
@@ -61,7 +61,7 @@ def check_folders(args):
     settings = {name: value for name, value in vars(args).items() if name not in free}
     file = args.work / "settings.json"
     if args.resume and file.exists():
-        then = json.loads(file.read_text())
+        then = read_json(file)
         for name, value in settings.items():
             if then.get(name) != value:
                 option = f"--{name.replace('_', '-')}"

@@ -32,7 +32,7 @@ lesson = Lesson()
 weights = Path(draw.__file__).parent.parent / "weights" / "tiny"
 pipe = Pipeline.from_folder(weights, device="cpu")
 model = pipe.transformer
-torch.set_grad_enabled(False)  # nothing is trained here
+model.requires_grad_(False)  # nothing is trained here
 
 # %% [markdown]
 # ## Latents: the small picture that the network sees

@@ -71,7 +71,7 @@ methods = {
 folder = TemporaryDirectory()
 files = {name: Path(folder.name) / f"{number}.safetensors" for number, name in enumerate(methods)}
 for name, how in methods.items():
-    config = TrainConfig.of(pipe, epochs=5 if lesson.quick else None, **how)
+    config = TrainConfig.of(pipe, epochs=5 if lesson.quick else 50, **{"lr": 0.003, **how})
     teach(pipe, [robot.file], [robot.caption], files[name], config)
 
 # %%
@@ -140,6 +140,12 @@ figure = draw.picture_rows({name: drawn[name] for name in ("LoRA, rank 1", "one 
 lesson.show(figure, "07_rank_one", "The same edits by LoRA of rank 1 and by one atom of four for each token")
 
 # %% [markdown]
+# Here rank 1 does not break. With equally many parameters both keep 0.79 of the robot with the trained prompt, and
+# follow edits about equally well. The paper's difference does not show.
+#
+# What does each forget? LoRA draws one of the 16 other captions wrong, one atom of four draws two wrong. And in all
+# pictures, those of the base model too, there are *two* strawberries where one was asked for: no adapter is to blame.
+#
 # ## At equal fidelity: the study
 #
 # Above, one adapter may simply have been trained for longer than it needs. `tests/benchmarks/editing.py` trains both
@@ -222,7 +228,7 @@ for kind, expected in {"background": (-0.1, 0.1), "place": (0.05, 0.3), "second 
 # all prompts are obeyed anyway. With 40 atoms nothing of the robot is left: it takes 400 (lesson 6).
 #
 # The edits: background, pattern and place are always obeyed. A smaller robot never comes out (kept near 0): the one
-# picture taught one size. And nobody, not even the base model, draws the second thing reliably beside an unknown word.
+# picture taught one size. The second thing is there, but nearly always twice, so the judge says no.
 #
 # ## When to use which
 #
@@ -234,10 +240,13 @@ for kind, expected in {"background": (-0.1, 0.1), "place": (0.05, 0.3), "second 
 # | only background or pattern change: both are equal | a second thing comes in: 0.75 is kept, with LoRA 0.49 |
 # | | you want to see what was learned: 400 of 2,048 atoms carry it (lesson [6](06_finetune.md)) |
 #
-# What other captions lose decides nothing: both draw 15 or 16 of 16 right after each training.
+# What is forgotten decides nothing: both draw 15 or 16 of 16 other captions right after each training. And take the
+# right column with care: it holds for the longest training. Over all trainings, read at equal fidelity, the lead is
+# 0.02.
 #
 # ## Where it stops being true
 #
+# - **One robot, one seed of training.** Differences of a few hundredths may turn around with another subject.
 # - **One small world.** These are pictograms of 64 pixels. The paper's pictures are photographs, and its model has seen
 #   millions of them.
 # - **"Kept" is strict.** It compares pixels. A robot with its arm raised is a robot, but counts little.

@@ -655,7 +655,7 @@ def test_a_real_divergence(options, finished, tmp_path, capsys, no_plots, mistak
 def test_a_learning_rate_that_diverged_is_not_tried_again(tmp_path, monkeypatch):
     """While tuning, that is; chosen by the user it ends the study."""
     model, job = torch.nn.Identity(), Job(Setting("lora"), plain_subject("a"), 0.5, 0)
-    pipe = Namespace(transformer=model, defaults={}, resolution=16, multiple=4)
+    pipe = Namespace(folder=tmp_path, transformer=model, defaults={}, resolution=16, multiple=4)
     study = Study(pipe, [job.subject], StudyConfig(), tmp_path, clip=None)
 
     def diverge(*_, **__):

@@ -241,7 +241,7 @@ lesson.check("first order, dense, blocks 0 to 3: error", early_dense.item(), (0,
 # - **Early blocks are far less linear than late ones**, just as the paper's argument says.
 # - **But the control disagrees about the reason.** Dense atoms are nearly linear in *every* block. Were high powers the
 #   reason, dense atoms would show them too: they pass through the same layers. And a tenth of an atom would have a
-#   tenth of the error, which it does not.
+#   tenth of the error, but it has more than half of it.
 #
 # The reason is the picking. Taking an atom out changes, a little, what later layers see. Where two of their atoms are
 # nearly equal for a token, the other one is now picked, and the output jumps. A slope knows nothing of jumps. Behind an

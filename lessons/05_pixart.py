@@ -32,7 +32,8 @@ lesson = Lesson()
 weights = Path(draw.__file__).parent.parent / "weights" / "tiny"
 pipe = Pipeline.from_folder(weights, device="cpu")
 model = pipe.transformer
-model.requires_grad_(False)  # nothing is trained here
+for parameter in model.parameters():
+    parameter.requires_grad = False  # nothing is trained here
 
 # %% [markdown]
 # ## Latents: the small picture that the network sees

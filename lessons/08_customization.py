@@ -7,7 +7,8 @@
 #
 # ![A robot at five places, as it should be and as four models draw it](figures/08_pictures.png)
 #
-# *Top: how the robot should look. Below: the model before it has learned the robot, and after, by three methods.*
+# *Top: how the robot should look. Below: the model before it has learned the robot, and after, by LoRA and
+# two sparse dictionaries.*
 #
 # You need lesson [6](06_finetune.md). It takes about 2 minutes on one CPU core, 20 seconds with `--quick`.
 #

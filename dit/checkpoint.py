@@ -23,7 +23,7 @@ from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from dit.t5 import T5Encoder, Tokenizer
 from dit.transformer import PixArtTransformer
 from dit.vae import AutoencoderKL
-from sparsecode.common import TEXT, Kind, UserError, is_whole, object_of, read_json, replacing
+from sparsecode.common import TEXT, Kind, UserError, is_whole, object_of, read_json, replacing, some
 
 # ---- names: (ours, theirs) --------------------------------------------------------------------------------------
 # The pairs apply in turn: one that begins with a dot anywhere in a name, another at its start. Several of our tensors
@@ -319,9 +319,9 @@ def _check(model, groups, stored, path):
             raise UserError(f"{tensor.file} holds {name}: this is PixArt-α; give a PixArt-Σ checkpoint")
     kind = type(model).__name__
     if missing := [name for name in groups if name not in stored]:
-        raise UserError(f"{path} lacks {_some(missing)} of the {kind} in its config; download both again")
+        raise UserError(f"{path} lacks {some(missing)} of the {kind} in its config; download both again")
     if extra := [name for name in stored if name not in groups and name not in IGNORED]:
-        raise UserError(f"{stored[extra[0]].file} holds {_some(extra)}, unknown to the {kind} in its config")
+        raise UserError(f"{stored[extra[0]].file} holds {some(extra)}, unknown to the {kind} in its config")
     parameters = dict(model.named_parameters())
     for theirs, group in groups.items():
         tensor, shapes = stored[theirs], [parameters[ours].shape for ours in group]
@@ -333,10 +333,6 @@ def _check(model, groups, stored, path):
             )
         if tensor.dtype not in FLOATS:
             raise UserError(f"{tensor.file}: {theirs} is stored as {tensor.dtype}; give weights in fp32, fp16 or bf16")
-
-
-def _some(names):
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _fill(model, group, tensor, dtype, device):

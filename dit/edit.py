@@ -15,7 +15,7 @@ from dit.data import find_captions, load_images
 from dit.diffusion import sampling_timesteps
 from dit.pictures import draw_table, save_each, to_pil
 from dit.sample import atom_count, variants
-from dit.train import TrainConfig, teach
+from dit.train import TrainConfig, model_defaults, teach
 from sparsecode import detach, load_adapter, set_scale
 from sparsecode.common import locked, remove_leftovers
 
@@ -63,7 +63,7 @@ def parse(argv=None):
 
 def configs(pipe, args):
     """What is trained, {method: TrainConfig}; densities, numbers of atoms and a scale that cannot be are refused."""
-    epochs = args.epochs or pipe.defaults.get("finetune", {}).get("epochs", EPOCHS)
+    epochs = args.epochs or model_defaults(pipe).get("epochs", EPOCHS)
     rest = {"epochs": epochs, "gradient_checkpointing": args.gradient_checkpointing}
     found = {method: TrainConfig.of(pipe, method=method, **rest) for method in METHODS}
     found["sparse"].attach(pipe.transformer)

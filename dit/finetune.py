@@ -19,7 +19,7 @@ from dit import parallel
 from dit.cli import Parser, add_model_arguments, check_folder, load_pipeline, positive, run, seed, unicode, whole
 from dit.data import describe_pictures, find_captions, find_pictures, load_images
 from dit.pictures import grid, save_each, save_figure, save_picture, to_pil
-from dit.train import OPTIMIZERS, SCHEDULES, Checkpoint, TrainConfig, fingerprint, fit
+from dit.train import HOLD, OPTIMIZERS, SCHEDULES, Checkpoint, TrainConfig, fingerprint, fit
 from sparsecode import detach, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, locked, remove_leftovers, replacing
@@ -90,7 +90,7 @@ def parse(argv=None):
     add("--gradient-accumulation", type=whole, default=1, help="batches for each step of the optimizer")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw (§4.3) or came (Appendix B)")
     add("--lr", type=positive, help="(the model's own for adamw, 1e-4 for came)")
-    add("--lr-schedule", choices=SCHEDULES, help="constant, or inverse-square: 1/step² after step 150 (the model's)")
+    add("--lr-schedule", choices=SCHEDULES, help=f"constant, or inverse-square: 1/step² from step {HOLD} (the model's)")
     add("--resolution", type=whole, help="side of the training pictures in pixels")
     add("--random-flip", action="store_true", help="train on mirror images as well")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")

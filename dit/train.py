@@ -73,9 +73,7 @@ class TrainConfig:
         Names that are no field, like atoms=64 or r=4, are options of the method.
         """
         given = {name: value for name, value in given.items() if value is not None}
-        where = f"{pipe.folder}/defaults.json: finetune"
-        models = check_fields(pipe.defaults.get("finetune") or {}, {}, DEFAULTS, where)
-        defaults = {"atoms": 256, "density": 0.02, "resolution": pipe.resolution, **models}
+        defaults = {"atoms": 256, "density": 0.02, "resolution": pipe.resolution, **model_defaults(pipe)}
         if given.get("optimizer") == "came":
             defaults.pop("lr", None)  # a model's own is for AdamW, whose steps are shorter
         names = {f.name for f in fields(cls)}
@@ -96,6 +94,11 @@ class TrainConfig:
     def attach(self, model):
         torch.manual_seed(self.seed)
         attach(model, self.method, self.target, **self.options)
+
+
+def model_defaults(pipe):
+    """What the defaults.json of a model says of fine-tuning; UserError for what cannot be."""
+    return check_fields(pipe.defaults.get("finetune") or {}, {}, DEFAULTS, f"{pipe.folder}/defaults.json: finetune")
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------------

@@ -26,6 +26,11 @@ class UserError(ValueError):
     """
 
 
+def some(names):
+    """The first of a list of names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
 # ---- writing ----------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,19 @@ from safetensors import SafetensorError, safe_open
 
 from . import peft_layout
 from .attach import METHODS, attached, attentions, install, sites_of, wrap
-from .common import COUNT, NUMBER, OBJECT, TEXT, UserError, checksum, object_of, read_json, replacing, write_tensors
+from .common import (
+    COUNT,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    UserError,
+    checksum,
+    object_of,
+    read_json,
+    replacing,
+    some,
+    write_tensors,
+)
 from .kinds import kind_of
 
 FORMAT = "1"  # of the adapter file; raise it whenever the meaning of a file changes
@@ -103,7 +115,7 @@ def load_adapter(model, path):
             named = {key.rpartition(".")[0] for key in keys}
             sites = [site for site in sites if _plain(site) in named]
         if not sites:
-            raise UserError(f"{file} has {_some(sorted(keys) or ['nothing'])}, which is for no attention of this model")
+            raise UserError(f"{file} has {some(sorted(keys) or ['nothing'])}, which is for no attention of this model")
         if header.get("adapters", str(len(sites))) != str(len(sites)):  # files of the past do not say how many
             raise UserError(f"{file} says adapters={header['adapters']}, but has tensors for {len(sites)} of them here")
         exactly = "|".join(f"^{re.escape(name)}$" for name in _attentions_of(sites, header["method"]))
@@ -232,7 +244,7 @@ def _check_base(path, theirs, ours):
 
 def _compare_weights(path, theirs, ours):
     if differing := [part for part in theirs if part in ours and theirs[part] != ours[part]]:
-        warnings.warn(f"{path} was trained on other weights of this model: {_some(differing)} differ", stacklevel=3)
+        warnings.warn(f"{path} was trained on other weights of this model: {some(differing)} differ", stacklevel=3)
 
 
 def _for_file(state):
@@ -254,9 +266,9 @@ def _read(path, file, shapes):
     """The tensors of an open file, which must have these keys and shapes, and finite numbers."""
     stored = set(file.keys())
     if missing := sorted(shapes.keys() - stored):
-        raise UserError(f"{path} lacks {_some(missing)}")
+        raise UserError(f"{path} lacks {some(missing)}")
     if extra := sorted(stored - shapes.keys()):
-        raise UserError(f"{path} has {_some(extra)}, which the adapters on its attentions do not know")
+        raise UserError(f"{path} has {some(extra)}, which the adapters on its attentions do not know")
     for key, shape in shapes.items():
         found = file.get_slice(key)
         if found.get_shape() != shape:
@@ -268,7 +280,3 @@ def _read(path, file, shapes):
         if not tensor.float().isfinite().all():
             raise UserError(f"{path} has NaN or infinite values in {key}; save or copy it again")
     return tensors
-
-
-def _some(names):
-    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")

@@ -11,38 +11,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_model import shake
+from tiny_pipeline import write_adapter
 
 from dit import page
 from dit.pipeline import Pipeline
 from sparsecode import (
     adapters,
-    attach,
     detach,
     keep_atoms,
     load_adapter,
-    record_usage,
-    save_adapter,
     set_density,
     set_scale,
     top_atoms,
 )
 
 
-def make_adapter(weights, file, method="sparse", prompt='a robot & "star"', measured=True, **options):
-    pipe = Pipeline.from_folder(weights, device="cpu")
-    torch.manual_seed(0)
-    shake(attach(pipe.transformer, method, **options))
-    if measured:
-        with record_usage(pipe.transformer):
-            pipe.generate(["a robot"], steps=2)
-    save_adapter(pipe.transformer, file, prompt=prompt)
-    return file
-
-
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
-    return make_adapter(tiny, tmp_path_factory.mktemp("run") / "adapter.safetensors", atoms=8, density=0.25)
+    return write_adapter(tiny, tmp_path_factory.mktemp("run") / "adapter.safetensors", atoms=8, density=0.25)
 
 
 @pytest.fixture
@@ -214,7 +200,7 @@ def test_large_pictures_are_made_smaller(pipe):
 
 
 def test_an_adapter_without_a_density(tiny, tmp_path):
-    file = make_adapter(tiny, tmp_path / "soft.safetensors", atoms=8, threshold="soft", lam=0.1)
+    file = write_adapter(tiny, tmp_path / "soft.safetensors", atoms=8, threshold="soft", lam=0.1)
     found, _ = call(tiny, file, tmp_path / "atoms.html", "--top", 1, "--seed", 0)
     assert found.sliders["density"] == (["as trained"], "0")
     assert set(found.stops()) == set(product(range(2), [0], [0]))
@@ -272,10 +258,10 @@ def files(tiny, tmp_path_factory):
     (folder / "folder.html").mkdir()
     return {
         "folder": folder / "folder.html",
-        "lora": make_adapter(tiny, folder / "lora.safetensors", "lora", measured=False, r=2),
-        "bare": make_adapter(tiny, folder / "bare.safetensors", prompt=None, atoms=8),
-        "soft": make_adapter(tiny, folder / "soft.safetensors", atoms=8, threshold="soft", lam=0.1),
-        "unmeasured": make_adapter(tiny, folder / "unmeasured.safetensors", measured=False, atoms=8),
+        "lora": write_adapter(tiny, folder / "lora.safetensors", "lora", measured=False, r=2),
+        "bare": write_adapter(tiny, folder / "bare.safetensors", prompt=None, atoms=8),
+        "soft": write_adapter(tiny, folder / "soft.safetensors", atoms=8, threshold="soft", lam=0.1),
+        "unmeasured": write_adapter(tiny, folder / "unmeasured.safetensors", measured=False, atoms=8),
     }
 
 

@@ -1,31 +1,17 @@
 """The command that draws: rows for prompts, densities and numbers of atoms; no atoms draw the base model's pictures."""
 
 import pytest
-import torch
 from PIL import Image
-from small_model import shake
-from tiny_pipeline import TRANSFORMER, write_pipeline
+from tiny_pipeline import TRANSFORMER, write_adapter, write_pipeline
 
 from dit import sample
 from dit.pipeline import Pipeline
-from sparsecode import attach, record_usage, save_adapter
 from sparsecode.common import UserError
-
-
-def make_adapter(weights, file, method="sparse", layout="sparsecode", **options):
-    pipe = Pipeline.from_folder(weights, device="cpu")
-    torch.manual_seed(0)
-    shake(attach(pipe.transformer, method, **options))
-    if method == "sparse":
-        with record_usage(pipe.transformer):
-            pipe.generate(["a robot"], steps=2)
-    save_adapter(pipe.transformer, file, layout=layout)
-    return file
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
-    return make_adapter(tiny, tmp_path_factory.mktemp("run") / "adapter.safetensors", atoms=8, density=0.25)
+    return write_adapter(tiny, tmp_path_factory.mktemp("run") / "adapter.safetensors", atoms=8, density=0.25)
 
 
 def rows(tiny, *arguments):
@@ -86,7 +72,7 @@ def test_densities(tiny, adapter):
 
 @pytest.mark.parametrize("layout", ["sparsecode", "peft"])
 def test_an_adapter_of_another_method(tiny, tmp_path, layout):
-    file = make_adapter(tiny, tmp_path / "lora", "lora", layout, r=2)
+    file = write_adapter(tiny, tmp_path / "lora", "lora", layout=layout, r=2)
     drawn = rows(tiny, "a", "--adapter", file, "--seed", 0)
     assert drawn[0][0] == "a (adapted)" and pixels(drawn[0][1]) != pixels(rows(tiny, "a", "--seed", 0)[0][1])
     with pytest.raises(UserError, match="only for the sparse method"):

@@ -4,12 +4,15 @@ import json
 import string
 
 import torch
+from small_model import shake
 
 from dit.checkpoint import save_index, save_part
 from dit.config import T5Config, TransformerConfig, VAEConfig
+from dit.pipeline import Pipeline
 from dit.t5 import T5Encoder
 from dit.transformer import PixArtTransformer
 from dit.vae import AutoencoderKL
+from sparsecode import attach, record_usage, save_adapter
 
 TRANSFORMER = TransformerConfig(
     num_layers=2,
@@ -51,3 +54,15 @@ def write_pipeline(folder, transformer=TRANSFORMER):
     save_index(folder)
     (folder / "defaults.json").write_text(json.dumps({"guidance": 2.0, "finetune": DEFAULTS}))
     return folder
+
+
+def write_adapter(weights, file, method="sparse", *, measured=None, prompt='a robot & "star"', layout=None, **options):
+    """A file of trained-looking adapters; of sparse ones the use is measured, unless told otherwise."""
+    pipe = Pipeline.from_folder(weights, device="cpu")
+    torch.manual_seed(0)
+    shake(attach(pipe.transformer, method, **options))
+    if method == "sparse" if measured is None else measured:
+        with record_usage(pipe.transformer):
+            pipe.generate(["a robot"], steps=2)
+    save_adapter(pipe.transformer, file, prompt=prompt, layout=layout or "sparsecode")
+    return file

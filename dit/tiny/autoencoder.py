@@ -10,15 +10,9 @@ from tqdm import tqdm
 from dit.config import VAEConfig
 from dit.pictures import to_bytes
 from dit.tiny.fit import fit, rng_of
-from dit.tiny.scenes import BACKGROUNDS, PLACES, SIZES, Thing, draw, natural_image, sample_scene
-from dit.tiny.subjects import draw_parts, sample_creature
+from dit.tiny.scenes import Thing, draw, natural_image, sample_scene
+from dit.tiny.subjects import draw_parts, sample_creature, sample_spot
 from dit.vae import AutoencoderKL
-
-
-def sample_creature_picture(rng):
-    """A creature that nobody has seen, and where it is: (picture, background, size, place)."""
-    scene = [str(rng.choice(list(choice))) for choice in (BACKGROUNDS, SIZES, PLACES)]
-    return draw_parts(sample_creature(rng), *scene, 64), *scene
 
 
 def middle(thing):
@@ -33,9 +27,9 @@ def train_vae(args, folder):
     scenes = [sample_scene(rng) for _ in range(half)]
     pool, middles = [draw(scene) for scene in scenes], [middle(scene.things[-1]) for scene in scenes]
     for _ in tqdm(range(quarter), desc="creatures", disable=None):
-        picture, _, size, place = sample_creature_picture(rng)
-        pool.append(picture)
-        middles.append(middle(Thing("creature", size, place)))
+        spot = sample_spot(rng)
+        pool.append(draw_parts(sample_creature(rng), *spot, 64))
+        middles.append(middle(Thing("creature", *spot[1:])))
     pool += [natural_image(rng) for _ in tqdm(range(quarter), desc="photographs", disable=None)]
     middles = np.array(middles + [(32, 32)] * quarter)  # (n, 2): where to cut out the crops
     pool = to_bytes(pool)  # (n, 3, 64, 64)

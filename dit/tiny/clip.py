@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from dit.pictures import to_bytes
 from dit.tiny.fit import fit, rng_of
-from dit.tiny.scenes import BACKGROUNDS, PLACES, SIZES, caption, draw, sample_scene
-from dit.tiny.subjects import draw_parts, sample_creature, subject_caption
+from dit.tiny.scenes import caption, draw, sample_scene
+from dit.tiny.subjects import draw_parts, sample_creature, sample_spot, subject_caption
 from dit.tiny.text import WORDS
 from dit.transformer import position_table
 
@@ -48,9 +48,8 @@ def clip_pool(args, vae):
     for _ in tqdm(range(half // 2), desc="creatures", disable=None):
         parts = sample_creature(rng)
         for _ in range(2):
-            where = [str(rng.choice(list(choice))) for choice in (BACKGROUNDS, SIZES, PLACES)]
-            pictures.append(draw_parts(parts, *where, 64))
-            scenes.append(where)
+            scenes.append(sample_spot(rng))
+            pictures.append(draw_parts(parts, *scenes[-1], 64))
     images = to_bytes(pictures).contiguous()  # (n, 3, 64, 64)
     for start in tqdm(range(0, len(images), 100), desc="through the autoencoder", disable=None):
         part = images[start : start + 100 : 2].to(args.device).float() / 127.5 - 1

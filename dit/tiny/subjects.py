@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dit.tiny.scenes import OFFSET, PLACES, SENTENCES, SIZES, article, draw_background, where
+from dit.tiny.scenes import BACKGROUNDS, OFFSET, PLACES, SENTENCES, SIZES, article, draw_background, where
 from sparsecode.common import replacing
 
 # ---- polygons -----------------------------------------------------------------------------------------
@@ -221,6 +221,11 @@ def sample_creature(rng, parts=10):
         rgb = tuple(int(c) for c in rng.choice([30, 90, 160, 220, 250], 3))
         creature.append(([shapes[rng.integers(len(shapes))] * radius + centre], rgb))
     return creature
+
+
+def sample_spot(rng):
+    """A random background, size and place."""
+    return [str(rng.choice(list(choice))) for choice in (BACKGROUNDS, SIZES, PLACES)]
 
 
 def subject_caption(name, background, size, place):

@@ -110,14 +110,3 @@ def train_text(args, tokenizer, folder):
         return total + words + identity
 
     return fit("text", reader, loss, steps=args.text_steps, lr=2e-3, folder=folder).encoder
-
-
-@torch.no_grad()
-def right_answers(reader, tokenizer, n, seed):
-    """The share of attributes of n fresh captions that every token tells right, a question each."""
-    rng = rng_of("text test", seed, 0)
-    texts, labels = zip(*(labelled_caption(rng) for _ in range(n)))
-    ids, mask = tokenizer(texts, 32)
-    logits = reader.attributes(reader.encoder(ids, mask)).split(SPLITS, dim=2)
-    labels = torch.tensor(labels)
-    return [(x.argmax(-1) == labels[:, i, None])[mask.bool()].float().mean().item() for i, x in enumerate(logits)]

@@ -46,7 +46,7 @@ def report(what, ours, theirs, more=""):
 
 
 def pictures(rounds):
-    ours, prompts = Pipeline.from_folder(TINY, torch.float32, "cpu"), ["a red star on a blue background"] * 16
+    ours, prompts = Pipeline.from_folder(TINY, torch.float32, "cpu"), ["a fox on a striped blue background"] * 16
     theirs = PixArtSigmaPipeline.from_pretrained(TINY)
     theirs.set_progress_bar_config(disable=True)
     options = dict(num_inference_steps=20, guidance_scale=3.0, height=64, width=64, use_resolution_binning=False,

@@ -8,7 +8,7 @@
 #
 # *Three patches of a picture. Each is nearly a sum of five patterns, times a number. The patterns are learned.*
 #
-# You need to know what a gradient is. It takes about 25 seconds on one CPU core, 6 with `--quick`.
+# You need to know what a gradient is. It takes about 17 seconds on two CPU cores, 5 with `--quick`.
 #
 # ## The words
 #

@@ -10,7 +10,7 @@
 # *A digit cut into 16 squares, the tokens. Attention makes the new value of the framed token from 64 atoms, one per
 # head and token. The numbers are their coefficients, in percent.*
 #
-# You need [lesson 1](01_ista_fista.md), and attention as PyTorch has it. It takes about 20 seconds on one CPU core, 8
+# You need [lesson 1](01_ista_fista.md), and attention as PyTorch has it. It takes about 15 seconds on two CPU cores, 6
 # with `--quick`.
 #
 # ## The words

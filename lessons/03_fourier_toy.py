@@ -9,8 +9,8 @@
 # *A new signal (grey) of which the layer sees 16 samples (dots). Left: only the coefficients were tuned. Right: only
 # the atoms were.*
 #
-# You need lessons [1](01_ista_fista.md) and [2](02_attention_as_dictionary.md). It takes about 50 seconds on one CPU
-# core, 12 with `--quick`.
+# You need lessons [1](01_ista_fista.md) and [2](02_attention_as_dictionary.md). It takes about 30 seconds on two CPU
+# cores, 7 with `--quick`.
 #
 # ## The task, and its words
 #

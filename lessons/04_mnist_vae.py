@@ -12,8 +12,8 @@
 # **What is flipped, exactly?** Noisy *3s* that the old model reads as an 8. Real 8s hardly flip, and should not: they
 # are 8s. The paper writes only "the same noisy latent"; this is the reading in which its result can be seen.
 #
-# You need lessons [1](01_ista_fista.md) and [2](02_attention_as_dictionary.md). It takes about 3 minutes on one CPU
-# core, 40 seconds with `--quick`.
+# You need lessons [1](01_ista_fista.md) and [2](02_attention_as_dictionary.md). It takes about 2 minutes on two CPU
+# cores, 20 seconds with `--quick`.
 #
 # ## The model, in five lines
 #

@@ -11,7 +11,7 @@
 #
 # The network is **PixArt-Σ** (Chen et al., 2024), the model that the paper fine-tunes. Here it is small: 2.3 million
 # parameters instead of 610 million, but every part is there. You need lesson [2](02_attention_as_dictionary.md) for
-# attention. This lesson takes about 20 seconds on two CPU cores, 10 with `--quick`.
+# attention. This lesson takes about 10 seconds on two CPU cores, 5 with `--quick`.
 
 # %%
 from pathlib import Path

@@ -9,8 +9,8 @@
 #
 # *Left: the only training picture. Then the same prompt with the 0, 4, 40, … most important atoms, from two seeds.*
 #
-# You need lessons [2](02_attention_as_dictionary.md) and [5](05_pixart.md). It takes about 30 seconds on two CPU cores,
-# 12 with `--quick`.
+# You need lessons [2](02_attention_as_dictionary.md) and [5](05_pixart.md). It takes about 17 seconds on two CPU cores,
+# 8 with `--quick`.
 #
 # ## The words
 #

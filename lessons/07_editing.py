@@ -9,7 +9,7 @@
 #
 # *Both adapters have learned the same picture and have equally many parameters. First column: the trained prompt.*
 #
-# You need lesson [6](06_finetune.md). It takes about 50 seconds on two CPU cores, 15 with `--quick`.
+# You need lesson [6](06_finetune.md). It takes about 30 seconds on two CPU cores, 11 with `--quick`.
 #
 # ## The words
 #

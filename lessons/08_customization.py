@@ -10,7 +10,7 @@
 # *Top: how the robot should look. Below: the model before it has learned the robot, and after, by LoRA and
 # two sparse dictionaries.*
 #
-# You need lesson [6](06_finetune.md). It takes about 2 minutes on one CPU core, 20 seconds with `--quick`.
+# You need lesson [6](06_finetune.md). It takes about 70 seconds on two CPU cores, 20 with `--quick`.
 #
 # ## The words
 #

@@ -10,8 +10,8 @@
 # *A robot that the tiny model has learned (left), and how it changes without the atoms of one block. One colour scale
 # for all: red is brighter with the atoms, blue is darker.*
 #
-# You need lessons [2](02_attention_as_dictionary.md) and [6](06_finetune.md). It takes about 80 seconds on one CPU
-# core, 20 with `--quick`.
+# You need lessons [2](02_attention_as_dictionary.md) and [6](06_finetune.md). It takes about 50 seconds on two CPU
+# cores, 17 with `--quick`.
 #
 # ## The words
 #

@@ -80,8 +80,7 @@ def edit(pipe, args):
     picture = load_images([args.image], pipe.resolution)  # (1, 3, H, W)
     (caption,) = find_captions([args.image], args.prompt)
     prompts = list(dict.fromkeys([caption, *args.edit]))
-    pipe.encode_prompt(["", *prompts])  # remembered, so that T5 goes before the transformer comes
-    pipe.free("text_encoder")
+    pipe.remember(["", *prompts])
     settings = configs(pipe, args)
     noise = pipe.noise(args.seed)  # (seeds, 4, h, w)
     files = {method: args.out / f"{method}.safetensors" for method in METHODS}

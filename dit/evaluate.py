@@ -121,8 +121,7 @@ def main(argv=None):
         parallel.wait()  # until the folder is there
         check_out(study, args)
         pipe.free("transformer", "vae")  # T5 needs the memory
-        pipe.encode_prompt(["", *(text for s in subjects for text in s.captions + s.prompts)])  # remembered
-        pipe.free("text_encoder")
+        pipe.remember(["", *(text for s in subjects for text in s.captions + s.prompts)])
         jobs = study.jobs(study.tune())
         study.run(jobs)
         if parallel.rank() == 0:

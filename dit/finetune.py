@@ -127,8 +127,7 @@ def finetune(pipe, files, captions, args):
     prompts = list(dict.fromkeys(captions))[:SHOWN_CAPTIONS] + args.validation_prompt if args.samples else []
     file = args.out / "checkpoint.pt"
     checkpoint = Checkpoint(file, settings, args.checkpoint_every)  # refuses that of another run
-    pipe.encode_prompt(["", *captions, *prompts])  # remembered, so that T5 goes before the transformer comes
-    pipe.free("text_encoder")
+    pipe.remember(["", *captions, *prompts])
     config.attach(pipe.transformer)  # refuses what cannot be attached
     detach(pipe.transformer)
     with locked(args.out) if parallel.rank() == 0 else nullcontext():

@@ -198,9 +198,10 @@ def main(argv=None):
         raise UserError(f"{args.adapter} does not say what it was trained on; give a --prompt")
     pipe = load_pipeline(args)
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
+    noise = pipe.noise(args.seed, args.height, args.width)  # (S, 4, h, w)
+    pipe.remember(["", prompt])
     load_adapter(pipe.transformer, args.adapter)
     set_scale(pipe.transformer, args.scale)
-    noise = pipe.noise(args.seed, args.height, args.width)  # (S, 4, h, w)
     dials = {"counts": args.keep_atoms, "densities": args.density}
     text = page(pipe, prompt, args.seed, noise, args.top, **dials, steps=args.steps, guidance=args.guidance)
     with replacing(args.out) as temporary:

@@ -127,6 +127,11 @@ class Pipeline:
             self._embeddings[prompt] = finite(text, f"T5's embedding of {prompt[:40]!r}").to(self.device)
         return pad_rows([self._embeddings[prompt] for prompt in prompts])
 
+    def remember(self, prompts):
+        """Encode prompts that will be wanted, and free T5, so that it is gone before the other parts come."""
+        self.encode_prompt(prompts)
+        self.free("text_encoder")
+
     @torch.no_grad()
     def encode_images(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> scaled latent means (B, 4, H/f, W/f)."""
@@ -190,9 +195,8 @@ class Pipeline:
             latents = self.noise(range(seed, seed + len(prompts)), height, width)
         if len(latents) != len(prompts):
             raise UserError(f"{len(latents)} latents for {len(prompts)} prompts; give one for each")
-        self.encode_prompt([negative_prompt, *prompts])  # T5 goes before the other parts come
         if self.text_device == self.device:
-            self.free("text_encoder")
+            self.remember([negative_prompt, *prompts])
         images, batch = [], max(1, 4 * 128 * 128 // latents[0].numel())  # one at a time at 1024×1024, 64 at 64×64
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)

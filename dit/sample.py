@@ -9,7 +9,7 @@ from pathlib import Path
 from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_each, save_picture
-from sparsecode import adapters, keep_atoms, load_adapter, set_density, set_scale
+from sparsecode import adapters, keep_atoms, load_adapter, read_header, set_density, set_scale
 from sparsecode.common import UserError
 
 
@@ -65,16 +65,17 @@ def variants(model, densities=None, counts=None):
 def sample(pipe, args):
     """Rows of (label, pictures): each prompt with each variant of the adapter, one picture for each seed."""
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
+    noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
+    if args.adapter:
+        read_header(args.adapter)  # refuses what is no adapter, before T5 comes
+    pipe.remember([args.negative_prompt, *args.prompts])
     model, ways = pipe.transformer, (args.density, args.keep_atoms)
     if args.adapter:
         load_adapter(model, args.adapter)
         set_scale(model, args.scale)
     if args.compile:
         model.compile()
-    list(variants(model, *ways))  # a density or number of atoms that cannot be is refused before any work
-    noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
-    pipe.encode_prompt([args.negative_prompt, *args.prompts])
-    pipe.free("text_encoder")
+    list(variants(model, *ways))  # a density or number of atoms that cannot be is refused before anything is drawn
     options = dict(steps=args.steps, guidance=args.guidance, negative_prompt=args.negative_prompt)
     rows = []
     for prompt in args.prompts:

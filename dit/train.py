@@ -278,8 +278,7 @@ def fit(pipe, images, captions, config, file, checkpoint):
     T5 and the autoencoder are freed before. The checkpoint file stays, so that what else the caller does with the run
     can be done again after a kill.
     """
-    pipe.encode_prompt(["", *captions])  # remembered
-    pipe.free("text_encoder")
+    pipe.remember(["", *captions])
     data = encode(pipe, images, captions, config.random_flip)
     pipe.free("vae")
     losses = train(pipe, data, config, checkpoint)

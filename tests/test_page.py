@@ -272,3 +272,9 @@ def test_mistakes(tiny, adapter, files, tmp_path, monkeypatch, arguments, mistak
     words = [word.format(**files) for word in arguments.split()]
     assert MISTAKES[arguments] in mistake(page, "--weights", tiny, "--device", "cpu", "--adapter", adapter, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_t5_is_alone_in_memory(tiny, adapter, tmp_path, loaded):
+    call(tiny, adapter, tmp_path / "atoms.html", "--seed", 0, "--top", 1)
+    assert loaded.pop(0) == {"text_encoder"} and loaded
+    assert all("text_encoder" not in parts for parts in loaded)

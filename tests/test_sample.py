@@ -141,3 +141,9 @@ def test_an_adapter_of_another_base_model(adapter, tmp_path):
     other = write_pipeline(tmp_path / "other", dataclasses.replace(TRANSFORMER, num_layers=3))
     with pytest.raises(UserError, match="trained on another base model: num_layers is 2 there and 3 here"):
         rows(other, "a", "--adapter", adapter)
+
+
+def test_t5_is_alone_in_memory(tiny, adapter, tmp_path, loaded):
+    rows(tiny, "a robot", "--adapter", adapter, "--seed", 0, "--out", tmp_path / "sample.png")
+    assert loaded.pop(0) == {"text_encoder"} and loaded
+    assert all("text_encoder" not in parts for parts in loaded)

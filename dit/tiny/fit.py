@@ -12,9 +12,9 @@ from sparsecode.common import replacing
 def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3, every=500):
     """Minimise `loss(step) -> scalar` and return `module` with the averaged (EMA) weights.
 
-    AdamW trains all parameters but the matrices in `muon`, which `Muon` trains at twice the learning rate. The rate warms up over 100 steps, stays, and falls to zero over the last `decay` of the steps.
-    The batch of a step depends on the step alone, so a checkpoint (every `every` steps, in `folder`) needs no random
-    state.
+    AdamW trains all parameters but the matrices in `muon`, which `Muon` trains at twice the learning rate. The rate
+    warms up over 100 steps, stays, and falls to zero over the last `decay` of the steps. The batch of a step depends on
+    the step alone, so a checkpoint (every `every` steps, in `folder`) needs no random state.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.pt"

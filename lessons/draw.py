@@ -319,10 +319,11 @@ def changes(before, after, single, names):
 def shares(curves, marks):
     """Share of digits flipped by the n best atoms, {label: {n: share}}, and single points {label: (n, share)}"""
     figure, ax = panels(1, 1, height=4.4)
-    labels = (6, (-8, 8), "right"), (8, (-10, 2), "right"), (40, (8, -14), "left")  # where no other curve is
-    for (name, curve), color, (n, offset, side) in zip(curves.items(), (BLUE, GREEN, RED), labels):
+    for (name, curve), color in zip(curves.items(), (BLUE, GREEN, RED)):
         ax.plot(curve.keys(), [100 * share for share in curve.values()], "o-", color=color, markersize=5)
-        ax.annotate(name, (n, 100 * curve[n]), offset, textcoords="offset points", color=color, ha=side)
+        n = {BLUE: 2, GREEN: 10, RED: 40}[color]
+        near = min(curve, key=lambda count: abs(count - n))
+        ax.annotate(name, (near, 100 * curve[near]), (8, -14), textcoords="offset points", color=color)
     for name, (n, share) in marks.items():
         ax.plot(n, 100 * share, "D", color="black")
         ax.annotate(name, (n, 100 * share), (8, -4), textcoords="offset points")

@@ -14,18 +14,19 @@ from .common import UserError, is_number, is_whole
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear whose adapter computes the output in its place."""
+    """A frozen Linear whose adapter computes the output in its place. Several adapters add what each changes."""
 
     def __init__(self, base, adapter):
         super().__init__()
-        self.base, self.adapter = base, adapter
+        self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
         self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x):
-        if self.adapter.scale == 1:
-            return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+        active = [adapter for adapter in (self.adapter, *self.more) if adapter.scale != 0]
+        if [adapter.scale for adapter in active] == [1]:
+            return active[0](x, self.base)  # (..., C_i) -> (..., C_o)
         y = self.base(x)  # (..., C_i) -> (..., C_o)
-        return y if self.adapter.scale == 0 else y + self.adapter.scale * (self.adapter(x, self.base) - y)
+        return y + sum(adapter.scale * (adapter(x, self.base) - y) for adapter in active)
 
 
 class LoRA(Adapter):

@@ -180,7 +180,7 @@ class SparseAttention(nn.Module):
 
     @property
     def active(self):
-        """The adapters to compute. One of scale 0 beside others is left out, so that the rounding is that of the others."""
+        """The adapters to compute. One of scale 0 beside others is left out, so that rounding does not change."""
         everyone = [self.adapter, *self.more]
         return [adapter for adapter in everyone if adapter.scale != 0] or everyone
 

@@ -174,7 +174,7 @@ class SparseAttention(nn.Module):
                 raise
         value = getattr(self.base, name)
         everyone = [adapter for group in self.together for adapter in group]
-        if isinstance(value, nn.Parameter) and (torch.is_grad_enabled() or not all(a.silent() for a in everyone)):
+        if isinstance(value, torch.Tensor) and (torch.is_grad_enabled() or not all(a.silent() for a in everyone)):
             return value.as_subclass(NotAlone)
         return value
 

@@ -25,7 +25,7 @@ from .common import (
     some,
     write_tensors,
 )
-from .kinds import kind_of
+from .kinds import Unpacked, kind_of
 
 FORMAT = "1"  # of the adapter file; raise it whenever the meaning of a file changes
 OPTIONS = {"atoms": COUNT, "density": NUMBER, "threshold": TEXT, "lam": NUMBER, "order": TEXT}
@@ -54,6 +54,8 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     if layout == "peft":
         if adapter.method == "sparse":
             raise UserError("peft has no sparse adapter; save it without layout='peft'")
+        if any(isinstance(module, Unpacked) for module in model.modules()):
+            raise UserError("peft adapts nn.MultiheadAttention in a way of its own; save it without layout='peft'")
         header = {"base": base, "weights": weights, "notes": notes, "prompt": prompt}
         peft_layout.write(path, adapter, list(wrappers), _for_file(peft_layout.pack(state)), header)
         return

@@ -472,12 +472,12 @@ def additivity(missed):
     return figure
 
 
-def by_block(summary):
-    """Two errors for each block: {variant: (…, errors of Eq. 11 (blocks,), errors of the first order (blocks,))}"""
+def by_block(additive, linear):
+    """Errors of Eq. 11 and of the first order for each block, {variant: (blocks,)}"""
     figure, axes = panels(1, 2, height=3.8)
     titles = "error of Eq. 11: 16 atoms\ntogether and one by one", "error of the first order:\na single atom taken out"
-    for ax, title, part in zip(axes, titles, (2, 3)):
-        curves = {name: 100 * row[part] for name, row in summary.items()}
+    for ax, title, errors in zip(axes, titles, (additive, linear)):
+        curves = {name: 100 * error for name, error in errors.items()}
         last, top = len(next(iter(curves.values()))) - 1, max(curve.max().item() for curve in curves.values())
         heights = apart([curve[-1].item() for curve in curves.values()], 0.07 * top)
         for (name, curve), height, color in zip(curves.items(), heights, (BLUE, GREEN, ORANGE)):

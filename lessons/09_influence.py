@@ -36,7 +36,7 @@
 # %%
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import draw
 import numpy as np
@@ -177,8 +177,9 @@ variants = {
 robot = next(s for s in read_subjects(root / "lessons" / "data" / "subjects") if s.name == "robot")
 picture, caption = robot.files[:1], robot.captions[:1]  # "a robot in the middle on an orange background"
 pipe = Pipeline.from_folder(root / "weights" / "tiny", device="cpu")
-model, folder = pipe.transformer, Path(mkdtemp())
-files = {variant: folder / f"{variant}.safetensors" for variant in variants}
+model = pipe.transformer
+folder = TemporaryDirectory()
+files = {variant: Path(folder.name) / f"{variant}.safetensors" for variant in variants}
 for variant, given in variants.items():
     config = TrainConfig.of(pipe, atoms=128, lr=0.003, epochs=8 if lesson.quick else 60, **given)  # 20 or 150 steps
     teach(pipe, picture, caption, files[variant], config)
@@ -261,9 +262,10 @@ lesson.check("first order, dense, blocks 0 to 3: error", early["dense"], (0, 0.1
 # - **Early blocks are far less linear than the last one** (next two checks), as the paper's argument says.
 # - **But the control says that the reason is another one** (last check). Dense atoms are nearly linear even in early
 #   blocks. If high powers were the reason, dense atoms would show them too, because they pass through the same layers.
-#   And a tenth of an atom would have a tenth of the error. It has far more (last column, row "sparse").
+# - **A dense atom is not just a smaller one.** Small changes are more linear: with smooth layers, a tenth of a sparse
+#   atom would have a tenth of the error. It has far more (last column, row "sparse").
 #
-# The reason is the picking. When an atom is taken out, later layers see a slightly different input. Where two of their
+# So the reason is the picking. When an atom is taken out, later layers see a slightly different input. Where two of their
 # atoms have nearly equal scores for a token, the other one may now be picked, and the output jumps. A slope knows
 # nothing of jumps. Behind an early block there are many layers that pick. Behind the last block there is none.
 #
@@ -339,4 +341,5 @@ for variant, values in shares.items():
 # </details>
 
 # %%
+folder.cleanup()
 lesson.end()

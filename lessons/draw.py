@@ -416,29 +416,18 @@ def cosines(pictures, captions, values):
     return figure
 
 
-def rows_of_pictures(rows, titles):
-    """{label: pictures}, each row with its label at the left, under titles"""
-    columns = len(titles)
-    figure, axes = panels(len(rows), columns, width=9.6, height=9.6 / (columns + 0.9) * len(rows) + 0.5, squeeze=False)
-    for line, (name, drawn) in zip(axes, rows.items()):
-        for ax, picture in zip(line, drawn):
-            image(ax, picture)
-        line[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
-    for ax, title in zip(axes[0], titles):
-        ax.set_title(title.replace(" on ", "\non "), fontsize=9.5)
-    return figure
-
-
 def trade(ours, paper):
     """Diversity against fidelity, {setting: (fidelity, diversity)} here and in the paper"""
     figure, axes = panels(1, 2, width=9.6, height=4.6)
     for ax, (title, points) in zip(axes, {"here": ours, "the paper": paper}.items()):
-        low, high = (pick(y for _, y in points.values()) for pick in (min, max))
-        heights = apart([y for _, y in points.values()], 0.06 * (high - low))
+        xs, ys = zip(*points.values())
+        heights = apart(ys, 0.06 * (max(ys) - min(ys)))
+        right = max(xs) + 0.08 * (max(xs) - min(xs))  # labels stand in a column beside the points
         for (name, (x, y)), height in zip(points.items(), heights):
             color = BLUE if "ρ" in name else GREY if name == "not trained" else ORANGE
             ax.plot(x, y, "o", color=color)
-            label(ax, x, height, name, color)
+            line = {"arrowstyle": "-", "color": "0.85"}
+            ax.annotate(name, (x, y), (right, height), color=color, va="center", arrowprops=line)
         left, right = ax.get_xlim()
         ax.set(xlabel="fidelity", title=f"{title} (blue: sparse)", xlim=(left, right + 0.4 * (right - left)))
     axes[0].set_ylabel("diversity")

@@ -7,7 +7,8 @@
 #
 # ![A robot drawn with 0, 4, 40, 120, 400 and all atoms](figures/06_atoms.png)
 #
-# *Left: the only training picture. Then the same prompt with the 0, 4, 40, … most important atoms, from two seeds.*
+# *Left: the only training picture. Then the same prompt with the 0, 4, 40, … most important atoms. Each row starts from
+# another noise.*
 #
 # You need lessons [2](02_attention_as_dictionary.md) and [5](05_pixart.md). It takes about 17 seconds on two CPU cores,
 # 8 with `--quick`.
@@ -190,6 +191,8 @@ lesson.check("library / by hand, error", library / by_hand, (0.85, 1.15), form="
 lesson.check("trained parameters, 8 · 2 · 128 · 256", parameters, (524288, 524288), form=",d")
 
 # %% [markdown]
+# The loss falls far, but not to 0: the model does not know the picture to the last pixel.
+#
 # ## Eq. 9, line by line
 #
 # What happens inside one adapted attention? We catch its input, and compute its output as the equation says. The

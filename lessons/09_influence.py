@@ -265,8 +265,8 @@ lesson.check("first order, dense, blocks 0 to 3: error", early["dense"], (0, 0.1
 # - **A dense atom is not just a smaller one.** Small changes are more linear: with smooth layers, a tenth of a sparse
 #   atom would have a tenth of the error. It has far more (last column, row "sparse").
 #
-# So the reason is the picking. When an atom is taken out, later layers see a slightly different input. Where two of their
-# atoms have nearly equal scores for a token, the other one may now be picked, and the output jumps. A slope knows
+# So the reason is the picking. When an atom is taken out, later layers see a slightly different input. Where two of
+# their atoms have nearly equal scores for a token, the other one may now be picked, and the output jumps. A slope knows
 # nothing of jumps. Behind an early block there are many layers that pick. Behind the last block there is none.
 #
 # ## Structure or detail?

@@ -268,7 +268,7 @@ lesson.show(figure, "05_cross_attention", "For each word, which patches look at 
 # noise $ε_\mathrm{text}$ with the sentence, and for the noise $ε_\mathrm{empty}$ with the empty one.
 # **Classifier-free guidance** (Ho & Salimans, 2022) takes their difference times a **strength** $w$:
 #
-# $$ε = ε_\mathrm{empty} + w \, (ε_\mathrm{text} - ε_\mathrm{empty})$$
+# $$ε = ε_\mathrm{empty} + w (ε_\mathrm{text} - ε_\mathrm{empty})$$
 #
 # Why is this the *right* difference? Write $x$ for the noisy latent, $α$ and $σ$ for those of its timestep, and
 # $∇ \log p(x)$ for the direction in which $x$ gets more likely.

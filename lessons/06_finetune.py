@@ -20,7 +20,7 @@
 # - $X$ is the input of a self-attention and $O$ its output. Both are $N$ tokens of $C$ numbers each. The adapter adds
 #   $ΔO$ to $O$ (Eq. 9):
 #
-# $$O + ΔO = O + S D, \qquad S = A \, σ(X W_s)$$
+# $$O + ΔO = O + S D, \qquad S = A σ(X W_s)$$
 #
 # - $D$ holds the **atoms**, $M$ rows of $C$ numbers. An atom is a direction in which a token can be moved.
 # - $W_s$ ($C × M$) gives each token of $X$ a score for each atom.
@@ -73,7 +73,7 @@ print(robot.caption, "->", *(tuple(part.shape) for part in (data.latents, data.t
 # this, $S$ or $D$ must be zero. Which of them? Look at the gradients. Let $∂O$ be the gradient of the loss at the
 # attention's output ($N × C$). The chain rule gives
 #
-# $$∂D = S^T ∂O, \qquad ∂S = ∂O \, D^T$$
+# $$∂D = S^T ∂O, \qquad ∂S = ∂O D^T$$
 #
 # and $∂W_s$ is computed from $∂S$: where $∂S$ is zero, $∂W_s$ is zero.
 #
@@ -320,7 +320,7 @@ lesson.show(figure, "06_where", "Where on the picture the five most important at
 # <details>
 # <summary>Answers</summary>
 #
-# 1. Yes, it trains. $S = 0$, so $∂D = 0$. But $∂S = ∂O \, D^T$ is not zero, and it reaches $W_s$ through the atoms that
+# 1. Yes, it trains. $S = 0$, so $∂D = 0$. But $∂S = ∂O D^T$ is not zero, and it reaches $W_s$ through the atoms that
 #    top-k picks. At first all scores are zero, so top-k picks arbitrary atoms, and only these learn in the first step.
 # 2. It still picks 5 atoms, of 8 · 64 = 512 in all. So 400 atoms are now most of them. Each atom is used by more tokens
 #    than before, so expect that 40 atoms carry more of the robot than above.

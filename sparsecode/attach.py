@@ -4,12 +4,14 @@ import inspect
 import re
 
 import torch
+from torch import nn
 
 from .adapter import SparseAdapter, SparseAttention
 from .baselines import OFT, AdaptedLinear, DoRA, LoRA
 from .common import UserError, is_number
-from .kinds import kind_of
+from .kinds import Unpacked, kind_of
 
+WRAPPERS = (SparseAttention, AdaptedLinear)
 METHODS = {adapter.method: adapter for adapter in (SparseAdapter, LoRA, DoRA, OFT)}
 
 
@@ -18,11 +20,15 @@ def attach(model, method="sparse", target="attn1", **options):
 
         "sparse"          atoms=256, density=0.02, threshold="top_k"
                           threshold="soft" | "relu" with lam;  order="before" | "after"
-        "lora", "dora"    r=16, alpha=16, on each of to_q, to_k, to_v, to_out
+        "lora", "dora"    r=16, alpha=16, on each of the projections for q, k, v and the output
         "oft"             blocks=4, on the same four
 
     `target` is a regular expression, searched for anywhere in the name. Returns the new adapters.
     """
+    if attached(model):
+        raise UserError(
+            "adapters are attached to this model already; detach them first, since one is trained at a time"
+        )
     wrappers = wrap(model, method, sites_of(model, method, target), target, options)
     install(model, wrappers)
     return [wrapper.adapter for wrapper in wrappers.values()]
@@ -30,13 +36,22 @@ def attach(model, method="sparse", target="attn1", **options):
 
 def detach(model):
     """Put the very modules back that `attach` wrapped. They stay frozen."""
-    for name, wrapper in attached(model).items():
-        model.set_submodule(name, wrapper.base)
+    for name, module in reversed(inserted(model).items()):  # one inside another comes first
+        model.set_submodule(name, module.base)
 
 
 def adapters(model):
-    """The attached adapters by the name of the module each is wrapped around."""
-    return {name: wrapper.adapter for name, wrapper in attached(model).items()}
+    """The attached adapters by the name of the module each is wrapped around: of several "name", "name#2", …"""
+    found, ours = {}, inserted(model)
+    for name, wrapper in attached(model).items():
+        name = plain(name, ours)
+        found |= {name: wrapper.adapter, **{f"{name}#{i}": more for i, more in enumerate(wrapper.more, 2)}}
+    return found
+
+
+def loaded(model):
+    """The adapters that each call of `attach` or `load_adapter` brought, a list of lists, the first call first."""
+    return next((wrapper.together for wrapper in attached(model).values()), [])
 
 
 def trainable(model):
@@ -53,8 +68,6 @@ def sites_of(model, method, target):
     for name, attention in matches.items():
         if obstacle := kind_of(attention).obstacle(attention):
             raise UserError(f"{name} cannot be taken apart: {obstacle}")
-        if method != "sparse" and not kind_of(attention).projections:
-            raise UserError(f"{name} keeps q, k and v in one weight; {method} needs Linears, 'sparse' does not")
     if method == "sparse":
         return list(matches)
     return [f"{name}.{part}" for name, attention in matches.items() for part in kind_of(attention).projections]
@@ -62,8 +75,6 @@ def sites_of(model, method, target):
 
 def wrap(model, method, sites, target, options):
     """Wrappers around the modules named `sites`, by name; the model is not touched."""
-    if attached(model):
-        raise UserError("adapters are attached to this model already; detach them first")
     if method not in METHODS:
         raise UserError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     known = inspect.getfullargspec(METHODS[method].__init__).kwonlyargs
@@ -73,7 +84,9 @@ def wrap(model, method, sites, target, options):
         raise UserError("adapters made inside torch.inference_mode cannot be trained; attach or load them outside it")
     wrappers = {}
     for site in sites:
-        base = model.get_submodule(site)
+        parent, _, name = site.rpartition(".")
+        holder = unwrapped(model.get_submodule(parent))
+        base = unwrapped(getattr(Unpacked(holder) if isinstance(holder, nn.MultiheadAttention) else holder, name))
         if method == "sparse":
             adapter = SparseAdapter(*kind_of(base).sizes(base), **options)
             wrappers[site] = SparseAttention(base, adapter)
@@ -89,21 +102,41 @@ def wrap(model, method, sites, target, options):
 def set_scale(model, scale):
     """O + s ΔO from now on, for what each adapter adds to its attention or Linear: 1 as trained, 0 the base to the bit.
 
-    For DoRA and OFT it blends the outputs of the frozen and the adapted Linear. The scale is not saved.
+    For DoRA and OFT it blends the outputs of the frozen and the adapted Linear. The scale is not saved. With several
+    adapters, O + s₁ ΔO₁ + s₂ ΔO₂ + …, one number holds for all; a list has one for each, in the order of loading.
     """
     if not attached(model):
         raise UserError("no adapter is attached to this model; attach or load one first")
-    if not is_number(scale):
-        raise UserError(f"scale={scale!r} is not a number; choose one like 0.7")
-    for wrapper in attached(model).values():
-        wrapper.adapter.scale = float(scale)
+    groups, scales = loaded(model), list(scale) if isinstance(scale, (list, tuple)) else [scale]
+    if len(scales) not in (1, len(groups)):
+        raise UserError(f"there are {len(scales)} scales for {len(groups)} adapters; give one for all, or one for each")
+    for value in scales:
+        if not is_number(value):
+            raise UserError(f"scale={value!r} is not a number; choose one like 0.7")
+    for group, value in zip(groups, scales * len(groups)):
+        for adapter in group:
+            adapter.scale = float(value)
 
 
 def install(model, wrappers):
-    model.requires_grad_(False)
-    for name, wrapper in wrappers.items():
-        model.set_submodule(name, wrapper)
-        wrapper.together = tuple(other.adapter for other in wrappers.values())
+    """Put wrappers in their places; where one is already, it takes the new adapter in."""
+    groups = [*loaded(model), [wrapper.adapter for wrapper in wrappers.values()]]
+    if len(groups) == 1:
+        model.requires_grad_(False)
+    for site, wrapper in wrappers.items():
+        parent, _, name = site.rpartition(".")
+        outer = model.get_submodule(parent)
+        holder = unwrapped(outer)
+        if isinstance(holder, nn.MultiheadAttention):
+            holder = Unpacked(holder)
+            model.set_submodule(parent if outer is holder.base else f"{parent}.base", holder)
+        present = getattr(holder, name)
+        if isinstance(present, type(wrapper)):
+            present.more.append(wrapper.adapter)
+        else:
+            setattr(holder, name, wrapper)
+    for wrapper in attached(model).values():
+        wrapper.together = groups
 
 
 def attentions(model, target=""):
@@ -112,10 +145,26 @@ def attentions(model, target=""):
         pattern = re.compile(target)
     except re.error as error:
         raise UserError(f"target={target!r} is no regular expression ({error}); fix it") from None
-    plain = {wrapper.base: name for name, wrapper in attached(model).items()}
-    found = {plain.get(m, name): m for name, m in model.named_modules() if name and kind_of(m)}
+    ours = inserted(model)
+    found = {plain(name, ours): m for name, m in model.named_modules() if name and kind_of(m)}
     return {name: attention for name, attention in found.items() if pattern.search(name)}
 
 
 def attached(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, (SparseAttention, AdaptedLinear))}
+    return {name: m for name, m in model.named_modules() if isinstance(m, WRAPPERS)}
+
+
+def inserted(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, (*WRAPPERS, Unpacked))}
+
+
+def unwrapped(module):
+    return module.base if isinstance(module, WRAPPERS) else module
+
+
+def plain(name, ours):
+    """The name that a module has without adapters, from the one it has with them; `ours` are the `inserted`."""
+    for outer in reversed(ours):  # a wrapper inside another comes first
+        if f"{name}.".startswith(f"{outer}.base."):
+            name = outer + name.removeprefix(f"{outer}.base")
+    return name

@@ -14,18 +14,33 @@ from .common import UserError, is_number, is_whole
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear whose adapter computes the output in its place."""
+    """A frozen Linear whose adapter computes the output in its place. Several adapters add what each changes."""
 
     def __init__(self, base, adapter):
         super().__init__()
-        self.base, self.adapter = base, adapter
+        self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
         self.in_features, self.out_features = base.in_features, base.out_features
 
+    @property
+    def active(self):
+        return [adapter for adapter in (self.adapter, *self.more) if adapter.scale != 0]
+
     def forward(self, x):
-        if self.adapter.scale == 1:
-            return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+        if [adapter.scale for adapter in self.active] == [1]:
+            return self.active[0](x, self.base)  # (..., C_i) -> (..., C_o)
         y = self.base(x)  # (..., C_i) -> (..., C_o)
-        return y if self.adapter.scale == 0 else y + self.adapter.scale * (self.adapter(x, self.base) - y)
+        return y + sum(adapter.scale * (adapter(x, self.base) - y) for adapter in self.active)
+
+    @property
+    def weight(self):
+        """W' (C_o, C_i), with W' x + b the output: nn.MultiheadAttention takes weights, and calls no Linear."""
+        W = self.base.weight  # (C_o, C_i)
+        changes = [adapter.scale * (adapter.weight(self.base) - W.float()) for adapter in self.active]
+        return W + sum(changes).to(W.dtype) if changes else W
+
+    @property
+    def bias(self):
+        return self.base.bias
 
 
 class LoRA(Adapter):
@@ -56,6 +71,9 @@ class LoRA(Adapter):
     def forward(self, x, linear):
         return linear(x) + self.update(x)  # (..., C_o)
 
+    def weight(self, linear):
+        return linear.weight.float() + self.B @ self.A * (self.alpha / self.r)  # (C_o, C_i)
+
 
 class DoRA(LoRA):
     """y = g ⊙ (W + (α/r) B A) x + b  with  g = m / ‖W + (α/r) B A‖ for each row
@@ -72,8 +90,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def row_norms(self, linear):
-        adapted = linear.weight.float() + self.B @ self.A * (self.alpha / self.r)  # (C_o, C_i)
-        return adapted.norm(dim=1)  # (C_o, C_i) -> (C_o,)
+        return super().weight(linear).norm(dim=1)  # (C_o, C_i) -> (C_o,)
 
     def gain(self, linear):
         norm = self.while_frozen(lambda: self.row_norms(linear), linear.weight, self.A, self.B)  # (C_o,)
@@ -84,6 +101,9 @@ class DoRA(LoRA):
         g = self.gain(linear)  # (C_o,)
         without_bias = y if linear.bias is None else y - linear.bias  # (..., C_o)
         return y + (g - 1).to(x.dtype) * without_bias + g.to(x.dtype) * self.update(x)  # (..., C_o)
+
+    def weight(self, linear):
+        return self.gain(linear)[:, None] * super().weight(linear)  # (C_o, C_i)
 
 
 class OFT(Adapter):
@@ -118,3 +138,7 @@ class OFT(Adapter):
         rotation = self.while_frozen(self.rotation, self.P)  # (blocks, b, b)
         rotated = torch.einsum("...kb,kbc->...kc", x_blocks, rotation.to(x.dtype))  # (..., blocks, b)
         return linear(rotated.flatten(-2))  # (..., blocks, b) -> (..., C_i) -> (..., C_o)
+
+    def weight(self, linear):
+        blocks = linear.weight.float().unflatten(1, (self.blocks, -1))  # (C_o, C_i) -> (C_o, blocks, b)
+        return torch.einsum("okc,kbc->okb", blocks, self.rotation()).flatten(1)  # W Rᵀ, (C_o, C_i)

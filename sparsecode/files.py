@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import peft_layout
-from .attach import METHODS, attached, attentions, install, sites_of, wrap
+from .attach import METHODS, attached, attentions, install, loaded, sites_of, trainable, wrap
 from .common import (
     COUNT,
     NUMBER,
@@ -25,7 +25,7 @@ from .common import (
     some,
     write_tensors,
 )
-from .kinds import kind_of
+from .kinds import Unpacked, kind_of
 
 FORMAT = "1"  # of the adapter file; raise it whenever the meaning of a file changes
 OPTIONS = {"atoms": COUNT, "density": NUMBER, "threshold": TEXT, "lam": NUMBER, "order": TEXT}
@@ -44,6 +44,8 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     wrappers = attached(model)
     if not wrappers:
         raise UserError("no adapter is attached to this model, so there is nothing to save; attach one first")
+    if len(loaded(model)) > 1:
+        raise UserError(f"{len(loaded(model))} adapters are attached, a file holds one; detach them and load that one")
     if layout not in ("sparsecode", "peft"):
         raise UserError(f"layout={layout!r} is unknown; choose sparsecode or peft")
     adapter = next(iter(wrappers.values())).adapter
@@ -52,6 +54,8 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     if layout == "peft":
         if adapter.method == "sparse":
             raise UserError("peft has no sparse adapter; save it without layout='peft'")
+        if any(isinstance(module, Unpacked) for module in model.modules()):
+            raise UserError("peft adapts nn.MultiheadAttention in a way of its own; save it without layout='peft'")
         header = {"base": base, "weights": weights, "notes": notes, "prompt": prompt}
         peft_layout.write(path, adapter, list(wrappers), _for_file(peft_layout.pack(state)), header)
         return
@@ -143,7 +147,7 @@ def weights_checksums(model):
     It takes 64 numbers of each parameter, rounded to bfloat16, so that a float32 and a bfloat16 load of one file agree.
     Adapters are left out.
     """
-    ours = {id(value) for wrapper in attached(model).values() for value in wrapper.adapter.parameters()}
+    ours = {id(value) for value in trainable(model)}
     parts = {}
     for name, value in model.named_parameters():
         if id(value) not in ours:

@@ -20,7 +20,7 @@ from dit.cli import Parser, add_model_arguments, check_folder, load_pipeline, po
 from dit.data import describe_pictures, find_captions, find_pictures, load_images
 from dit.pictures import grid, save_each, save_figure, save_picture, to_pil
 from dit.train import HOLD, OPTIMIZERS, SCHEDULES, Checkpoint, TrainConfig, fingerprint, fit
-from sparsecode import detach, trainable
+from sparsecode import detach, load_adapter, read_header, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import UserError, locked, remove_leftovers, replacing
 
@@ -76,14 +76,15 @@ def parse(argv=None):
     add = parser.add_argument
     add("--images", nargs="+", required=True, metavar="PATH", help="a folder or files; captions in name.txt beside")
     add("--prompt", type=unicode, help="caption of all pictures, instead of files")
-    add("--method", choices=METHODS, default="sparse")
+    add("--from", dest="start", type=unicode, metavar="FILE", help="train this adapter on; it decides the next seven")
+    add("--method", choices=METHODS, help="(sparse)")
     add("--atoms", type=int, help="M, the atoms beside each attention")
     add("--density", type=float, help="ρ, the share of atoms that a token uses")
     add("--threshold", choices=("top_k", "soft", "relu"), help="σ (top_k)")
     add("--lam", type=float, help="λ of --threshold soft or relu")
     add("--order", choices=("before", "after"), help="σ before attention mixes (§3.4, the default) or after it (Eq. 8)")
+    add("--target", help="regular expression for the attentions to adapt (attn1)")
     add("--orthogonality", type=weight, default=0.0, help="weight of the penalty on atoms that are alike (Appendix A)")
-    add("--target", default="attn1", help="regular expression for the attentions to adapt")
     add("--epochs", type=whole)
     add("--repeats", type=whole, help="how often an epoch visits each picture")
     add("--batch-size", type=whole, help="of each process")
@@ -105,7 +106,8 @@ def parse(argv=None):
     if not 0 <= args.samples <= 100:
         raise UserError(f"--samples {args.samples}; give a number from 0 to 100")
     name = Path(args.images[0]).resolve().stem
-    args.out = args.out or Path("runs") / (name if args.method == "sparse" else f"{name}-{args.method}")
+    method = (args.method or "sparse") if args.start is None else read_header(args.start)["method"]
+    args.out = args.out or Path("runs") / (name if method == "sparse" else f"{name}-{method}")
     return args
 
 
@@ -146,16 +148,18 @@ def save_results(pipe, images, prompts, losses, args):
     write_csv(losses, out / "training.csv")
     plot_losses(losses, out / "loss.png")
     trained = sum(parameter.numel() for parameter in trainable(model))
+    total = sum(parameter.numel() for parameter in model.parameters()) - trained
     after = draw_prompts(pipe, prompts, args.samples, images.shape[-1]) if args.samples else []
     detach(model)
     if args.samples:
+        if args.start:
+            load_adapter(model, args.start)
         before = draw_prompts(pipe, prompts, args.samples, images.shape[-1])
         rows = [("training pictures", to_pil(images[: args.samples]))]
         for prompt, base, adapted in zip(prompts, before, after):
             rows += [(f"before: {prompt}", base), (f"after: {prompt}", adapted)]
         save_each(rows[1:], out / "pictures")
         save_picture(grid(rows, min(512, max(128, images.shape[-1]))), out / "before_after.png")
-    total = sum(parameter.numel() for parameter in model.parameters())
     seen = out / ("before_after.png" if args.samples else "loss.png")
     print(f"trained {trained:,} parameters beside {total:,} in {len(losses)} steps; see {seen}")
 

@@ -15,55 +15,19 @@ from string import Template
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
+from dit.maps import overlay, watch
 from dit.sample import variants
-from sparsecode import adapters, importance, load_adapter, read_header, record_maps, set_scale, top_atoms
+from sparsecode import adapters, importance, load_adapter, read_header, set_scale, top_atoms
 from sparsecode.common import UserError, replacing
 from sparsecode.influence import scale_atoms
 
 SIDE = 256  # of a picture on the page, in pixels
 COUNTS = (0, 40, 100, 200, 500)  # of atoms to keep; all of them is one more
 FACTORS = (0.25, 0.5, 1, 2)  # of the density that the adapter was trained with
-
-
-# ---- looking ----------------------------------------------------------------------------------------------------
-
-
-def watch(pipe, prompt, noise, atoms, **options):
-    """Draw the prompt from noise (1, 4, h, w), and see what the atoms do meanwhile.
-
-    `atoms` is a list of (layer, m). Returns the picture, and S (atoms, steps, h, w): what each coefficient was at each
-    patch of the picture, at each step of the sampler. Of the two passes of guidance it is the one with the prompt.
-    """
-    model = pipe.transformer
-    chosen = {name: [m for layer, m in atoms if layer == name] for name, _ in atoms}
-    with record_maps(model, chosen) as maps:
-        (picture,) = pipe.generate([prompt], latents=noise, **options)
-    rows, columns = (side // model.config.patch_size for side in noise.shape[2:])
-    seen = {}
-    for name, calls in maps.items():
-        s = torch.stack([call[-1] for call in calls])  # steps × (B, N, chosen) -> (steps, N, chosen)
-        s = s.permute(2, 0, 1).unflatten(2, (rows, columns))  # (chosen, steps, h, w)
-        seen |= {(name, m): values for m, values in zip(chosen[name], s)}
-    return picture, torch.stack([seen[atom] for atom in atoms])  # (atoms, steps, h, w)
-
-
-def overlay(picture, values, scale=None):
-    """The picture in pale grey, and over it in red where values (h, w) are above zero, in blue where they are below.
-
-    The colour is full where |values| reach `scale`, their largest unless given.
-    """
-    scale = max(values.abs().max().item() if scale is None else scale, 1e-12)
-    small = Image.fromarray((values / scale).clamp(-1, 1).numpy())  # (h, w) float
-    strength = np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR))[..., None]  # (H, W, 1)
-    grey = 128 + np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 2  # (H, W, 1), pale
-    colour = np.where(strength > 0, (214, 40, 40), (38, 84, 196))  # (H, W, 3)
-    alpha = 0.85 * np.abs(strength)  # (H, W, 1)
-    return Image.fromarray(((1 - alpha) * grey + alpha * colour).clip(0, 255).astype(np.uint8))
 
 
 # ---- pieces of the page -----------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ def parse(argv=None):
     add = parser.add_argument
     add("prompts", type=unicode, nargs="+", metavar="PROMPT")
     add("--negative-prompt", type=unicode, default="", help="what not to draw, in place of the empty prompt")
-    add("--adapter", type=Path, help="adapter.safetensors of dit.finetune, or a folder in peft's layout")
+    add("--adapter", type=Path, nargs="+", help="adapter.safetensors of dit.finetune, or folders in peft's layout")
     add("--density", type=float, nargs="+", help="draw with each of these densities ρ instead of the trained one")
     add("--keep-atoms", type=atom_count, nargs="+", help="draw with only so many of the most important atoms, or all")
-    add("--scale", type=float, default=1.0, help="s in O + s·ΔO: 0 for the base model, 1 as trained")
+    add("--scale", type=float, nargs="+", help="s in O + s·ΔO: 0 for the base model, 1 as trained; or one per adapter")
     add("--seed", type=seed, nargs="+", default=[0, 1, 2, 3], help="one column of pictures each")
     add("--steps", type=whole, default=20)
     add("--guidance", type=float, help="strength of the prompt (the model's default)")
@@ -36,7 +36,7 @@ def parse(argv=None):
     add("--compile", action="store_true", help="compile the model: minutes at the start, faster on a GPU")
     add("--out", type=Path, default=Path("sample.png"), help="one picture; or a grid, and a folder of its pictures")
     args = parser.parse_args(argv)
-    if args.adapter is None and (args.density or args.keep_atoms or args.scale != 1):
+    if args.adapter is None and (args.density or args.keep_atoms or args.scale):
         raise UserError("--density, --keep-atoms and --scale change an adapter; name one with --adapter")
     check_picture_path(args.out)
     check_place(args.out.parent / args.out.stem)
@@ -66,12 +66,13 @@ def sample(pipe, args):
     """Rows of (label, pictures): each prompt with each variant of the adapter, one picture for each seed."""
     sampling_timesteps(args.steps, pipe.schedule)  # refuses too many
     noise = pipe.noise(args.seed, args.height, args.width)  # (seeds, 4, h, w)
-    if args.adapter:
-        read_header(args.adapter)  # refuses what is no adapter, before T5 comes
+    for adapter in args.adapter or []:
+        read_header(adapter)  # refuses what is no adapter, before T5 comes
     pipe.remember([args.negative_prompt, *args.prompts])
     model, ways = pipe.transformer, (args.density, args.keep_atoms)
-    if args.adapter:
-        load_adapter(model, args.adapter)
+    for adapter in args.adapter or []:
+        load_adapter(model, adapter)
+    if args.scale:
         set_scale(model, args.scale)
     if args.compile:
         model.compile()

@@ -10,6 +10,7 @@ import math
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +20,17 @@ from dit import parallel
 from dit.came import CAME
 from dit.data import encode, load_images
 from dit.diffusion import add_noise, noise_error, sampling_timesteps
-from sparsecode import adapters, attach, detach, orthogonality, read_header, record_usage, save_adapter, trainable
+from sparsecode import (
+    adapters,
+    attach,
+    detach,
+    load_adapter,
+    orthogonality,
+    read_header,
+    record_usage,
+    save_adapter,
+    trainable,
+)
 from sparsecode.common import COUNT, POSITIVE, Kind, UserError, check_fields, replacing
 
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
@@ -52,6 +63,7 @@ class TrainConfig:
     method: str = "sparse"
     target: str = "attn1"  # regular expression for the attentions to adapt
     options: dict = field(default_factory=dict)  # of the method, as `attach` takes them: atoms, density, …; r, alpha
+    start: str | None = None  # adapter file to begin with, in place of fresh adapters; it decides the three above
     epochs: int = 15
     repeats: int = 10  # how often an epoch visits each picture
     batch_size: int = 1  # of each process
@@ -70,21 +82,28 @@ class TrainConfig:
     def of(cls, pipe, **given):
         """A config for a model: what is `given` and not None, then the model's defaults.json, then the paper's.
 
-        Names that are no field, like atoms=64 or r=4, are options of the method.
+        Names that are no field, like atoms=64 or r=4, are options of the method. With `start` the file decides them.
         """
         given = {name: value for name, value in given.items() if value is not None}
         defaults = {"atoms": 256, "density": 0.02, "resolution": pipe.resolution, **model_defaults(pipe)}
         if given.get("optimizer") == "came":
             defaults.pop("lr", None)  # a model's own is for AdamW, whose steps are shorter
         names = {f.name for f in fields(cls)}
+        start = given.get("start")
+        if start is not None:
+            header = read_header(start)
+            if fixed := [name for name in given if name in ("method", "target") or name not in names]:
+                raise UserError(f"{start} decides {', '.join(fixed)} already; leave it out")
+            given |= {"start": str(start), "method": header["method"], **header["options"]}
+            given.pop("target_modules", None)  # of peft's layout
         method, options = given.get("method", cls.method), {k: v for k, v in given.items() if k not in names}
-        if method == "sparse":
+        if method != "sparse" and given.get("orthogonality"):
+            raise UserError(f"{method} has no atoms, so orthogonality has no meaning; leave it out")
+        if method == "sparse" and start is None:
             own = ("atoms", "density") if options.get("threshold", "top_k") == "top_k" else ("atoms",)
             if "density" not in own and "density" in options:
                 raise UserError(f"threshold {options['threshold']} does not use a density but lam; leave it out")
             options = {name: defaults[name] for name in own} | options
-        elif given.get("orthogonality"):
-            raise UserError(f"{method} has no atoms, so orthogonality has no meaning; leave it out")
         chosen = {k: v for k, v in {**defaults, **given}.items() if k in names}
         config = cls(**{**chosen, "options": options})
         if config.resolution % pipe.multiple:
@@ -92,8 +111,12 @@ class TrainConfig:
         return config
 
     def attach(self, model):
+        """Fresh adapters, or those of the file to start from."""
         torch.manual_seed(self.seed)
-        attach(model, self.method, self.target, **self.options)
+        if self.start:
+            load_adapter(model, self.start)
+        else:
+            attach(model, self.method, self.target, **self.options)
 
 
 def model_defaults(pipe):
@@ -218,10 +241,10 @@ class Checkpoint:
         except Exception as error:  # torch raises many kinds
             reason = f"cannot be read as a checkpoint ({type(error).__name__})"
             raise UserError(f"{self.file} {reason}; remove it to start again") from None
-        for name, value in self.settings.items():
-            if then.get(name) != value:
-                option = f"--{name.replace('_', '-')}"
-                message = f"belongs to a run with {option} {then.get(name)}, not {value}; use another --out"
+        for name in {**then, **self.settings}:
+            if then.get(name) != self.settings.get(name):
+                option, now = f"--{name.replace('_', '-')}", self.settings.get(name)
+                message = f"belongs to a run with {option} {then.get(name)}, not {now}; use another --out"
                 raise UserError(f"{self.file} {message}")
         return state
 
@@ -257,12 +280,15 @@ def fingerprint(pipe, images, captions, config):
     settings["images"] = f"{len(images)} pictures, checksum {zlib.crc32(images.numpy().tobytes())}, captions {captions}"
     settings |= {"dtype": pipe.dtype, "nproc_per_node": parallel.world_size()}
     settings["weights"] = f"checksum {files_checksum(pipe.folder / 'transformer')}"  # not the path: folders are moved
+    if start := settings.pop("start"):
+        settings["from"] = f"checksum {files_checksum(start)}"
     return {name: str(value) for name, value in settings.items()}
 
 
-def files_checksum(folder):
-    total = 0
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+def files_checksum(path):
+    """Of a file, or of the files in a folder."""
+    path, total = Path(path), 0
+    for path in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 total = zlib.crc32(block, total)

@@ -1,19 +1,19 @@
 # %% [markdown]
 # # 1. A signal as a sum of few pieces
 #
-# **The question.** Take a large collection of patterns. Can a signal be written as a sum of only a few of them, and how
-# does one find which? It can, and a loop of four lines finds them:
+# **The question.** Take a large collection of patterns. Can a signal be written as a sum of only a few of them? How do
+# we find these few? It can, and a loop of four lines finds them:
 #
 # ![Three patches of a picture, each equal to a sum of a few patterns](figures/01_patches.png)
 #
-# *Three patches of a picture. Each is nearly a sum of five patterns, times a number. The patterns are learned.*
+# *Three patches of a picture. Each is nearly a sum of five patterns, each times a number. The patterns are learned.*
 #
-# You need to know what a gradient is. It takes about 17 seconds on two CPU cores, 5 with `--quick`.
+# You need to know what a gradient is. The lesson runs in about 17 seconds on two CPU cores, in 5 with `--quick`.
 #
 # ## The words
 #
 # - A **signal** is a row of $C$ numbers, $x$. A patch of 10 × 10 pixels is a signal with $C = 100$.
-# - An **atom** is a pattern of the same $C$ numbers. Its length is 1, so that patterns compare fairly.
+# - An **atom** $d$ is a pattern of the same $C$ numbers. Its norm $\lVert d \rVert$ is 1, so patterns compare fairly.
 # - A **dictionary** $D$ is a table of $M$ atoms, one per row: $M × C$.
 # - The **code** of a signal is a row of $M$ numbers, $s$, one **coefficient** per atom: $x ≈ s D$, that is
 #   $x ≈ s_1 d_1 + s_2 d_2 + …$ For $N$ signals at once, $X ≈ S D$ (Eq. 4 of the paper).
@@ -24,8 +24,8 @@
 #
 # $$F(S) = \lVert X - S D \rVert^2 + λ \lVert S \rVert_1 \qquad \text{(Eq. 5)}$$
 #
-# The first part is the squared error. The second is $λ$ times the sum of all $|s|$: a price for every coefficient, so
-# that an atom is used only if it lowers the error by enough. $λ$ sets the price. This problem is called the **lasso**.
+# The first part is the squared error. The second is $λ$ times the sum of all $|s|$, a price for every coefficient: an
+# atom is used only if it lowers the error by enough. $λ$ sets the price. This problem is called the **lasso**.
 
 # %%
 import warnings
@@ -50,11 +50,12 @@ def randn(*shape):
 # %% [markdown]
 # ## One coefficient: where exact zeros come from
 #
-# Why does the price $λ|s|$ give zeros, and not just small numbers? Look at one coefficient. Let $z$ be the value that
-# fits best, and minimise $\frac12 (s - z)^2 + λ|s|$.
+# Why does the price $λ|s|$ give zeros, and not just small numbers? Look at one coefficient. Let $z$ be its value
+# without a price, and minimise $\frac12 (s - z)^2 + λ|s|$. (The ½ cancels the 2 of the derivative.)
 #
-# $|s|$ has a kink at 0. There it has no derivative; instead every slope from −1 to 1 counts. This set of slopes is
-# called the **subgradient**. At the minimum, the derivative of the square and $λ$ times one of these slopes cancel:
+# $|s|$ has a kink at 0, and no derivative there. But a line through the kink stays below $|s|$ if its slope is between
+# −1 and 1. Each of these slopes is called a **subgradient**, and takes the place of the derivative. At the minimum, the
+# derivative of the square plus $λ$ times a slope of $|s|$ is zero:
 #
 # 1. If $s > 0$, the slope is 1: $s - z + λ = 0$, so $s = z - λ$. This needs $z > λ$.
 # 2. If $s \lt 0$, the slope is −1: $s - z - λ = 0$, so $s = z + λ$. This needs $z \lt -λ$.
@@ -64,7 +65,7 @@ def randn(*shape):
 #
 # $$σ_λ(z) = \mathrm{sign}(z) \max(|z| - λ, 0)$$
 #
-# The check: try every $s$ on a fine grid, and compare the best one with the formula.
+# The check tries every $s$ on a fine grid and compares the best one with the formula.
 
 # %%
 grid = torch.linspace(-3, 3, 601)  # (G,), 0.01 apart
@@ -79,19 +80,20 @@ lesson.show(figure, "01_threshold", "Two objectives of one coefficient, and the 
 # %% [markdown]
 # ## All coefficients: ISTA
 #
-# In Eq. 5 the coefficients act on each other, because atoms overlap. So one cannot solve for each alone; one repeats
-# two small moves. First a step down the gradient of the squared error, $∇ = 2 (S D - X) D^T$. Then the soft threshold:
+# In Eq. 5 the atoms overlap, so the best value of one coefficient depends on all others. We cannot solve for each one
+# alone. **ISTA**, the iterative shrinkage-thresholding algorithm, repeats two small moves instead. It takes a step down
+# the gradient of the squared error, $∇ = 2 (S D - X) D^T$. Then it applies the soft threshold:
 #
 # $$S ← σ_{λ/L}(S - ∇ / L)$$
 #
-# Why this? Around the present code the error lies below a round bowl, a parabola with the steepest curvature that the
-# error has anywhere. That curvature is $L = 2 \lVert D D^T \rVert_2$, twice the largest eigenvalue of $D D^T$. In the
-# bowl each coefficient is alone, and its minimum is the soft threshold of the last section, with $z = s - ∇/L$ and
-# $λ/L$ for $λ$. The step goes to the bottom of the bowl, so the objective can never rise. The method is called
-# **ISTA**, the iterative shrinkage-thresholding algorithm.
+# Why these two? Replace the squared error by a round bowl: a parabola that touches the error at the present code, and
+# is equally steep in all directions. Its curvature is the largest that the error has, $L = 2 \lVert D D^T \rVert_2$,
+# twice the largest eigenvalue of $D D^T$. So the bowl is nowhere below the error. In the bowl the coefficients do not
+# depend on each other. The minimum of bowl plus price is the soft threshold of the last section, with $z = s - ∇/L$ and
+# with $λ/L$ for $λ$. One step of ISTA goes to this minimum, so the objective can never rise.
 #
-# We make 200 signals whose code we know: 5 of 256 random atoms each, plus 1 % noise. Four lines of ISTA then run
-# beside the library's `fista`, which is explained below.
+# We make 200 signals whose codes we know: 5 of 256 random atoms each, plus noise with 1 % of their energy (the sum of
+# squares). Four lines of ISTA run beside the library's `fista`, which is explained below.
 
 # %%
 atoms = normalize(randn(256, 64))  # D (M, C)
@@ -110,7 +112,7 @@ for _ in range(1000):
     codes = soft_threshold(codes - gradient / L, lam / L)  # (N, M)
 
 # %% [markdown]
-# **Predict:** each signal was made of 5 atoms and some noise. How many of the 256 coefficients will not be zero?
+# **Predict:** each signal was made of 5 atoms and some noise. How many of its 256 coefficients will not be zero?
 
 # %%
 library = fista(signals, atoms, lam)  # (N, M)
@@ -123,14 +125,14 @@ lesson.check("atoms used per signal:", used, (4.5, 5.1), paper="only a few non-z
 # %% [markdown]
 # ## How to know that one has arrived
 #
-# At the minimum the same argument as for one coefficient holds for each coefficient $s_m$ with its gradient $g_m$:
+# Take the gradient of the squared error, and let $g_m$ be its entry for the coefficient $s_m$. At the minimum, the
+# argument for one coefficient holds for each of them:
 #
-# - where the atom is **used** ($s_m ≠ 0$), error and price balance exactly: $g_m = -λ \mathrm{sign}(s_m)$, so
-#   $|g_m| = λ$;
-# - where it is **not used** ($s_m = 0$), the error pulls too weakly to pay the price: $|g_m| ≤ λ$.
+# - An atom is **used** ($s_m ≠ 0$): error and price balance exactly. $g_m = -λ \mathrm{sign}(s_m)$, so $|g_m| = λ$.
+# - An atom is **not used** ($s_m = 0$): the error pulls too weakly to pay the price. $|g_m| ≤ λ$.
 #
-# This is the **optimality condition**. The objective is convex, that is, it has no second valley to be trapped in; so a
-# code that meets the condition is a minimum. Plotted for all 51,200 coefficients, it is a shape that one recognises:
+# This is the **optimality condition**. A code that meets it is a minimum, because the objective is convex: it has no
+# second valley to be trapped in. The plot of all 51,200 coefficients must therefore look like a step:
 
 # %%
 gradient = 2 * (library @ atoms - signals) @ atoms.T  # (N, M)
@@ -143,13 +145,20 @@ figure = draw.condition(library, gradient, lam)
 lesson.show(figure, "01_condition", "Gradient against coefficient: a step down from +λ to −λ, vertical at zero")
 
 # %% [markdown]
-# It also gives a value for the largest $λ$ that matters. At $S = 0$ the gradient is $-2 X D^T$. If all of it is within
+# The condition also gives the largest $λ$ that matters. At $S = 0$ the gradient is $-2 X D^T$. If all of it is within
 # $±λ$, zero *is* the minimum. So from $λ = \max|2 X D^T|$ on, every coefficient is zero.
 #
-# How far is a code from the condition? ISTA's own step answers: where the condition holds, the step changes nothing. So
-# take the largest change of one more step, turn it into a gradient by multiplying with $L$, and divide by the largest
-# gradient at zero, so that units cancel. This is the **optimality gap**: 0 at the minimum, 1 for the code zero when
-# $λ$ is small. The library stops when it is below `tol`, 1e-6 unless told otherwise.
+# How far is a code from the condition? One more step of ISTA tells, because at the minimum a step changes nothing. The
+# **optimality gap** is made of three parts:
+#
+# $$\mathrm{gap} = L \max|s - σ_{λ/L}(s - ∇/L)| \,/\, \max|2 x D^T|$$
+#
+# - the largest change of a coefficient in this step;
+# - times $L$, which turns the change of a coefficient into a gradient;
+# - divided by the largest gradient at zero, so that the units cancel.
+#
+# The gap is 0 at the minimum. For the code zero it is nearly 1 when $λ$ is small. For many signals we take the largest
+# gap. The library stops when it is at most `tol`, 1e-6 unless told otherwise.
 
 # %%
 step = soft_threshold(library - gradient / L, lam / L)  # (N, M): one more step of ISTA
@@ -170,14 +179,14 @@ lesson.check("its difference from the three lines above:", abs(gap - by_hand), (
 #
 # So the first step drops onto the valley's floor, where both atoms share the signal. From there each step covers only
 # about 1/100 of the way that is left. But all these short steps point in the *same* direction. **Momentum** uses that:
-# start each step from a point $Y$ that is moved ahead along the last move. Moves that agree add up; moves across the
-# valley change sign and cancel. ISTA with this change is **FISTA** (the F is for fast):
+# start each step from a point $Y$, which lies ahead of the code in the direction of the last move. Moves that agree add
+# up. Moves across the valley change sign and cancel. ISTA with this change is **FISTA** (the F is for fast):
 #
 # $$S_k = σ_{λ/L}(Y_k - ∇(Y_k)/L), \qquad Y_{k+1} = S_k + β_k (S_k - S_{k-1})$$
 #
-# $β_k$ grows from 0 towards 1, about $(k - 1)/(k + 2)$: the longer the moves agree, the more of them is kept.
+# $β_k$ grows from 0 towards 1, about $(k - 1)/(k + 2)$, so later steps keep more of the last move.
 #
-# **Predict:** after 36 steps of each, which part of the way along the floor is done?
+# **Predict:** ISTA and FISTA take 36 steps each. Which part of the way along the floor has each of them done?
 
 # %%
 c = 0.98
@@ -192,7 +201,8 @@ for name, solve, options in methods:
     walks[name] = torch.stack(visited)  # (37, 2)
 
 # %%
-done = {name: ((walk[-1, 0] - walk[1, 0]) / (1.95 - walk[1, 0])).item() for name, walk in walks.items()}
+minimum = (1.95, 0)  # atom 1 alone, times 2 − λ/2
+done = {name: ((walk[-1, 0] - walk[1, 0]) / (minimum[0] - walk[1, 0])).item() for name, walk in walks.items()}
 lesson.check("ISTA: part of the way along the floor", done["ISTA"], (0.2, 0.4), form=".0%")
 lesson.check("FISTA: part of the way along the floor", done["FISTA"], (0.95, 1.05), form=".0%")
 
@@ -200,11 +210,12 @@ lesson.check("FISTA: part of the way along the floor", done["FISTA"], (0.95, 1.0
 side = torch.linspace(-0.35, 2.45, 120, dtype=torch.float64)
 points = torch.cartesian_prod(side, side).flip(1)  # (120 * 120, 2): every pair of coefficients
 errors = (target - points @ twins).square().sum(dim=1) + 0.1 * points.abs().sum(dim=1)  # Eq. 5
-figure = draw.valley(errors.view(120, 120), (-0.35, 2.45, -0.35, 2.45), walks)
+figure = draw.valley(errors.view(120, 120), (-0.35, 2.45, -0.35, 2.45), walks, minimum)
 lesson.show(figure, "01_valley", "The objective is a narrow valley; ISTA crawls along its floor, FISTA runs")
 
 # %% [markdown]
-# *Left: 36 steps of ISTA. Right: 36 steps of FISTA. The lines are levels of equal objective.*
+# *Left: 36 steps of ISTA. Right: 36 steps of FISTA, which has just passed the minimum (101 %). On each grey line the
+# objective is constant.*
 #
 # ## What is proved: two bounds
 #
@@ -215,9 +226,10 @@ lesson.show(figure, "01_valley", "The objective is a narrow valley; ISTA crawls 
 # | ISTA | $L \lVert S^⋆ \rVert^2 / 2k$, called $O(1/k)$ | 100 times as many steps |
 # | FISTA | $2 L \lVert S^⋆ \rVert^2 / (k + 1)^2$, called $O(1/k^2)$ | 10 times as many steps |
 #
-# $S^⋆$ is the code at the minimum, and both start from zero. These are **bounds**. They say what cannot happen on *any*
-# problem; on a given one, a method may be far quicker. We draw them as a region that a curve may not enter. The problem
-# is a hard one: spikes behind a blur, where each atom is a bump that overlaps with its neighbours.
+# $S^⋆$ is the code at the minimum, and both methods start from zero. The table holds **bounds**, which are proved for
+# *every* problem. On a given problem a method may be far quicker. We draw each bound as a region that the curve may not
+# enter, and measure what happens on a hard problem: spikes behind a blur. Each atom is a bump that overlaps with its
+# neighbours.
 
 # %%
 places = torch.arange(100, dtype=torch.float64)
@@ -250,18 +262,20 @@ figure = draw.bounds(curves, limits)
 lesson.show(figure, "01_bounds", "Distance to the minimum for ISTA and FISTA, and the region that the theorems exclude")
 
 # %% [markdown]
-# ISTA stays close to a straight line, its 1/k. FISTA leaves its bound far below at the end, and it wiggles: the
-# momentum carries it past the minimum, and it comes back. A bound allows both.
+# On these logarithmic axes a bound of $1/k$ is a straight line, and $1/k^2$ falls twice as steeply. ISTA never reaches
+# a tenth of its bound. FISTA reaches almost a third of its own, and is far below it at the end. It also wiggles: the
+# momentum carries it past the minimum, and it comes back. A bound allows all this.
 #
-# *A remark.* The library's `fista` adds two ideas that are not in the original. It starts afresh when momentum points
-# uphill (restart), and its first 30 steps move only the one coefficient of each signal that gains most (greedy start).
-# On sparse problems, such as the 200 signals above, they help a lot; on this blur they do not. The minimum is the same.
+# *A remark.* The library's `fista` adds two ideas that are not in the original. It drops its momentum when that points
+# uphill (restart). Its first 30 steps move only one coefficient of each signal, the one that gains most (greedy start).
+# Both help a lot on sparse problems, such as the 200 signals above; on this blur they do not. The minimum is the same.
 #
 # ## What λ does
 #
-# A high price gives few atoms and a large error; a low price gives many atoms that explain the noise.
+# A high price gives few atoms and a large error. A low price gives many atoms and a small error, down to where atoms
+# explain the noise. The 200 signals are 1 % noise.
 #
-# **Predict:** at which error would you stop, if 1 % of the signal is noise?
+# **Predict:** we lower $λ$ until the error is 1 % too. Are the atoms in use then the right ones?
 
 # %%
 shares = torch.logspace(0, -3, 7 if lesson.quick else 31).tolist()  # of the largest λ that matters
@@ -271,25 +285,28 @@ errors = [((signals - s @ atoms).square().sum() / signals.square().sum()).item()
 hits = [((s != 0) & (planted != 0)).sum().item() / max(1, s.count_nonzero().item()) for s in path]
 
 # %%
-rows = [len(path) // 3, len(path) // 2, -1]  # λ at 0.1, 0.03 and 0.001 of the largest
-table = [(f"{shares[i]:.3f}", counts[i], f"{hits[i]:.0%}", f"{errors[i]:.2%}") for i in rows]
+rows = [part * (len(path) // 6) for part in (2, 3, 4, 6)]  # λ at 0.1, 0.03, 0.01 and 0.001 of the largest
+table = [(f"{shares[i]:.3f}", f"{counts[i]:.1f}", f"{hits[i]:.0%}", f"{errors[i]:.2%}") for i in rows]
 lesson.table(("λ / largest λ", "atoms per signal", "of them right", "error"), table)
-lesson.check("at the smallest λ, atoms per signal:", counts[-1], (58, 62))
-lesson.check("of them right:", hits[-1], (0.07, 0.09), form=".0%")
+reached = next(i for i, error in enumerate(errors) if error < 0.01 / 1.01)  # 0.01 of 1 + 0.01 is noise
+lesson.check("error just below the noise: right atoms", hits[reached], (0.2, 0.35), quick=(0.1, 0.35), form=".0%")
+lesson.check("smallest λ: right atoms", hits[-1], (0.07, 0.09), form=".0%")
 rise = max(later - earlier for earlier, later in zip(errors, errors[1:]))
 lesson.check("largest rise of the error as λ falls:", rise, (-1, 0))
 
 # %%
 row = int(planted.abs().topk(5).values[:, 4].argmax())  # a signal in which all five atoms count
-figure = draw.path(shares, torch.stack([s[row] for s in path]), planted[row], counts, errors, 0.01 / 1.01)
+marks = {i: f"{hits[i]:.0%} right" for i in rows[:3]}
+figure = draw.path(shares, torch.stack([s[row] for s in path]), planted[row], counts, errors, 0.01 / 1.01, marks)
 lesson.show(figure, "01_lambda", "Coefficients of one signal as λ falls, and the error against the number of atoms")
 
 # %% [markdown]
-# The five right atoms come first. They stay below the truth (◂), since the price pulls each coefficient towards zero:
-# the soft threshold shrinks what it keeps. Soon after the error reaches that of the noise, atoms that were never in
-# the signal come in.
+# They are not. The right atoms come first, at a high price. But the price keeps their coefficients below the truth (◂):
+# the soft threshold shrinks what it keeps. So the right atoms alone leave a larger error than the noise. When a lower
+# price has brought the error down to 1 %, most atoms in use were never in the signal. Stop earlier, at a larger error.
 #
-# Other programs scale the price differently. Eq. 5 has no ½ and does not divide by $C$, so for the same minimum:
+# Other programs scale the price differently, and call it α. Eq. 5 has no ½ and does not divide by $C$. For the same
+# minimum:
 #
 # | | minimises | set |
 # |---|---|---|
@@ -300,8 +317,8 @@ lesson.show(figure, "01_lambda", "Coefficients of one signal as λ falls, and th
 # ## Learned atoms
 #
 # So far the dictionary was given. It can be learned too: solve for the codes, then move each atom to where it lowers
-# the error most, and repeat. `learn_dictionary` does this. Its signals here are patches of 10 × 10 pixels of computer
-# drawings whose edges and shading resemble photographs. The mean of each patch is taken off.
+# the error most, and repeat. `learn_dictionary` does this. Here its signals are patches of 10 × 10 pixels. They come
+# from computer drawings whose edges and shading resemble photographs. We subtract the mean of each patch.
 
 # %%
 SIDE, ATOMS, SHARE = 10, 144, 0.1  # pixels of a patch; M; λ as a share of the largest
@@ -321,8 +338,8 @@ lesson.show(draw.wall(learned[:84], SIDE, 14), "01_atoms", "84 learned atoms: ed
 # %% [markdown]
 # *The 84 most used atoms. Nobody told the method about edges; patches of pictures are sparse in edges.*
 #
-# **Predict:** code a new picture with these atoms and with random ones, at the same λ. Which needs fewer atoms per
-# patch? Which has the smaller error?
+# **Predict:** we code a new picture with these atoms and with random ones, at the same λ. Which atoms have the smaller
+# error? Which need fewer per patch?
 
 # %%
 new = torch.tensor(np.asarray(natural_image(np.random.default_rng(7), 128).convert("L")) / 255).float()[:120, :120]
@@ -351,10 +368,12 @@ lesson.show(figure, "01_patches", "Three patches of a picture, each equal to a s
 # %% [markdown]
 # ## Where it stops being true
 #
-# - **The code is not the truth.** At the smallest λ above, nine atoms of ten that are used were never planted.
-# - **Coefficients are too small**, all of them, by the shrinkage. If sizes matter, refit the chosen atoms without λ.
-# - **O(1/k²) is not always needed.** On the 200 signals ISTA is quick as well: nearly equal atoms make the valley.
-# - **Learned atoms belong to their pictures.** Learn from drawings, and text or faces will need more of them.
+# - **The code is not the truth.** At the smallest λ above, more than nine of ten atoms in use were never planted.
+# - **Coefficients are too small**, because the soft threshold shrinks them. If sizes matter, fit the chosen atoms once
+#   more without the price.
+# - **Momentum does not always help.** Nearly equal atoms make the valley. The 200 signals have random atoms, which are
+#   not alike, and there ISTA is quick as well.
+# - **Learned atoms belong to their pictures.** Atoms learned from drawings code text or faces less well.
 #
 # ## Exercises
 #
@@ -366,9 +385,9 @@ lesson.show(figure, "01_patches", "Three patches of a picture, each equal to a s
 # <summary>Answers</summary>
 #
 # 1. One. Then $D D^T$ is the identity: the bowl is round, all curvatures are $L$, and the first step hits the minimum.
-# 2. The band from −λ to λ closes: every gradient must be zero, whether the atom is used or not. Nothing is sparse.
-# 3. A patch then takes between one and two atoms and a quarter of it is missed. Each atom must fit a patch alone, so
-#    atoms become whole patches.
+# 2. The band from −λ to λ closes: every gradient must be zero, whether the atom is used or not. Nothing asks for zeros.
+# 3. A patch then takes between one and two atoms, with an error of about a quarter. Each atom must fit a patch almost
+#    alone, so atoms look like whole patches.
 #
 # </details>
 #

@@ -2,29 +2,32 @@
 # # 3. New atoms or new coefficients: which adapts a model?
 #
 # **The question.** A layer computes coefficients × atoms, $S D$. It has learned one kind of signal and must now learn
-# another. Is it enough to train the coefficients, or must the atoms change? In the paper only new atoms work:
+# another. Is it enough to train the coefficients, or must the atoms change? In a sparse layer the atoms must change, as
+# in the paper:
 #
 # ![The same signal restored badly with new coefficients and well with new atoms](figures/03_fine_tuning.png)
 #
-# *A new signal (grey) of which the layer sees 16 samples (dots). Left: only the coefficients were tuned. Right: only
-# the atoms were.*
+# *A new signal (grey). The layer sees 16 samples of it (dots). Left: only the coefficients were trained on new signals.
+# Right: only the atoms were.*
 #
-# You need lessons [1](01_ista_fista.md) and [2](02_attention_as_dictionary.md). It takes about 30 seconds on two CPU
-# cores, 7 with `--quick`.
+# You need lessons [1](01_ista_fista.md) and [2](02_attention_as_dictionary.md). The lesson runs in about 30 seconds on
+# two CPU cores, in 7 with `--quick`.
 #
 # ## The task, and its words
 #
 # - A **Fourier basis** is a cosine or a sine over 64 points in time. Its **frequency** is the number of its periods
-#   divided by 64. There are 64 such bases; each is orthogonal to all others (their products add up to 0).
+#   divided by 64. There are 64 such bases. Each has norm 1, and its scalar product with each other one is 0
+#   (they are **orthonormal**).
 # - The **low band** is frequencies 0/64 to 24/64. The **high band** is 25/64 to 32/64. No basis is in both.
-# - The **pool** is the set of bases that signals of a band may use: here 10 drawn from the band, once and for all. Each
-#   signal is a sum of 5 of these 10, each times a random number.
-# - The **mask** hides 48 of 64 samples; 16 remain, the same for every signal. The layer must restore the whole signal.
-# - **NMSE**, the normalised mean squared error, is $\sum \lVert \hat x - x \rVert^2 / \sum \lVert x \rVert^2$. 0 is
-#   perfect. 1 is what an output of zeros gets.
+# - The **pool** of a band is the set of bases that its signals may use. Here it is 10 bases, drawn from the band once.
+#   Each signal is a sum of 5 of these 10, each times a random number.
+# - The **mask** hides 48 of 64 samples. The same 16 samples remain of every signal. The layer must restore the whole
+#   signal.
+# - **NMSE**, the normalised mean squared error, is $\sum \lVert \hat x - x \rVert^2 / \sum \lVert x \rVert^2$. Here $x$
+#   is the signal and $\hat x$ what the layer makes of it. 0 is perfect. An output of zeros gets 1.
 #
-# The paper says "5 random Fourier bases" and leaves the pool open. With ten, everything it reports can be seen in one
-# setting; the appendix at the end tries two other readings.
+# The paper says "5 random Fourier bases" and does not say what the pool is. With a pool of ten we see nearly all that
+# the paper reports in one setting. The appendix at the end tries two other readings.
 
 # %%
 import draw
@@ -56,9 +59,9 @@ lesson.show(figure, "03_signal", "A signal as the sum of five Fourier bases, and
 # %% [markdown]
 # ## The layer
 #
-# It is one attention with the sparse form of Eq. 8, $σ_λ(A X W_s) D$. The masked signal $x$ (64 numbers) becomes 64
-# tokens: token $n$ is $p_n x$, where $p$ is random and frozen. So $X = p x^T$. The output is the sum over all tokens,
-# divided by $\sqrt{64}$. In plain lines, for all signals at once:
+# The layer is one attention in the sparse form of Eq. 8, $σ_λ(A X W_s) D$, with $M = 100$ atoms. The masked signal $x$
+# (64 numbers) becomes 64 tokens: token $n$ is $p_n x$, where $p_n$ is a random number that is never trained. So
+# $X = p x^T$. The output is the sum over all tokens, divided by $\sqrt{64}$. In plain lines, for all signals at once:
 
 # %%
 model = fourier.pretrain(settings)
@@ -75,12 +78,14 @@ lesson.check("these lines and the library differ by at most", difference, (0, 1e
 
 # %% [markdown]
 # `pretrain` has trained $W_q, W_k, W_s$ and $D$ together on fresh signals of the low band. The loss is that of lesson
-# 1: the squared error plus $λ \lVert S \rVert_1$. For comparison we train a **dense** layer too: the same, without
-# $σ_λ$ and without the price.
+# 1: the squared error plus $λ \lVert S \rVert_1$. For comparison we train a **dense** layer too. It is the same, but
+# without $σ_λ$ and without the price.
+#
+# A signal has one coefficient $s_m$ per atom: the sum of $S_{nm}$ over its tokens $n$, divided by $\sqrt{64}$. So the
+# output is $\sum_m s_m d_m$, and we call each $s_m d_m$ a **contribution**. We count the fewest contributions that hold
+# 99 % of the energy $\sum_m \lVert s_m d_m \rVert^2$.
 #
 # **Predict:** a signal has 5 bases. How many of its 100 atoms does each layer need for one signal?
-#
-# We count the fewest contributions $s_m d_m$ that hold 99 % of the energy $\sum_m \lVert s_m d_m \rVert^2$.
 
 # %%
 dense = fourier.pretrain(fourier.five_of_ten(sigma="none", **options))
@@ -105,15 +110,18 @@ figure = draw.contributions(largest)
 lesson.show(figure, "03_sparse", "Contributions of single atoms: a few clean waves, or many scraps")
 
 # %% [markdown]
-# *The nine largest contributions $s_m d_m$ to one signal. With the threshold they are a few clean waves. Without it
-# they are many scraps that make sense only together.*
+# *The nine largest contributions $s_m d_m$ to one signal; the titles give the mean over 500 signals. With the
+# threshold, a few clean waves make the signal. Without it, many small scraps add up to it.*
 #
 # ## Atoms are Fourier bases
 #
-# Are these waves the true bases? The **cosine** of two patterns is their product divided by their lengths: 1 means the
-# same shape, 0 means nothing in common. For each atom we take the largest |cosine| with any of the 49 bases of the low
-# band, and average with weights: an atom counts as much as it is used. What would chance give? Random mixtures of the
-# pool's ten bases are also somewhat like the nearest basis; so we measure those too.
+# Are these waves the true bases? The **cosine** of two patterns is their scalar product divided by their lengths: 1
+# means the same shape, 0 means nothing in common. For each atom we take the largest |cosine| with any of the 49 bases
+# of the low band. Then we average over the atoms, and weight each atom by its use (mean $|s_m|$ times
+# $\lVert d_m \rVert$).
+#
+# What would chance give? A random mixture of the pool's ten bases is also somewhat like one of them. So we measure 1000
+# such mixtures too.
 
 # %%
 candidates = fourier.fourier_bases(*settings.low)  # (49, T)
@@ -127,17 +135,21 @@ lesson.check("dense: cosine", cosine["dense"], (0.5, 0.65))
 lesson.check("random mixtures: cosine", cosine["chance"], (0.55, 0.65))
 
 # %% [markdown]
-# Why? The price $λ \lVert S \rVert_1$ is lowest if a signal of 5 bases uses 5 atoms. That works only if each atom is
-# one basis. The dense layer pays no price, so any mixture of the pool serves it equally well.
+# The atoms of the sparse layer are bases. Those of the dense layer are no more like bases than random mixtures.
+#
+# Why? The price $λ \lVert S \rVert_1$ is low if a signal of 5 bases uses only 5 atoms. That works only if each atom is
+# one basis. The dense layer pays no price, so any mixtures of the pool's bases serve it equally well.
 #
 # ## A new task: the high band
 #
-# Now the layer must restore signals of the high band. We start from the pre-trained layer and train a copy in two ways:
+# Now the layer must restore signals of the high band. We train two copies of the pre-trained layer:
 #
-# - **coefficients only**: $W_q, W_k, W_s$ change, the atoms $D$ stay;
-# - **atoms only**: $D$ changes, the coefficients stay as they were computed for low waves.
+# - **Coefficients only:** $W_q, W_k, W_s$ are trained, the atoms $D$ stay.
+# - **Atoms only:** $D$ is trained. $W_q, W_k, W_s$ stay as they are for low waves.
 #
-# **Predict:** which one works? Think of the output: it is always a sum of atoms.
+# We do the same with the dense layer.
+#
+# **Predict:** which copy restores the new signals? Think of the output: it is always a sum of atoms.
 
 # %%
 parts = ("coefficients", "atoms")
@@ -160,8 +172,9 @@ figure = draw.restored(truth_high[0], masked_high[0], attempts)
 lesson.show(figure, "03_fine_tuning", "The same signal restored badly with new coefficients and well with new atoms")
 
 # %% [markdown]
-# Coefficients only choose among low waves, and no sum of low waves is a high wave. New atoms bring the waves that are
-# missing. The atoms that carried low waves now carry mostly high ones:
+# In the layer with the soft threshold, new coefficients only choose among low waves, and no sum of low waves is a high
+# wave. New atoms bring the waves that are missing. (The dense layer is a surprise, which the end of the lesson
+# explains.) The six most used atoms were low waves. Now they are mostly high ones:
 
 # %%
 best = fourier.importance(codes["soft threshold"], model.D).argsort(descending=True)[:6]  # (6,): the most used atoms
@@ -176,17 +189,19 @@ figure = draw.tuned_atoms(old, signed, torch.nn.functional.normalize(new, dim=1)
 lesson.show(figure, "03_atoms", "The six most used atoms before tuning and after")
 
 # %% [markdown]
-# *The six most used atoms. Left: on top of the nearest Fourier bases (grey). Right: after tuning.*
+# *The six most used atoms. Left: after pre-training, each on top of the nearest Fourier basis (grey). Right: the same
+# atoms after training on the high band.*
 #
-# The new atoms are mostly fast, but each is a mixture of high bases, not one of them. That is no surprise: their
-# coefficients were learned for low bases and stay as they are, so an atom cannot choose one high basis. About a quarter
-# of the energy is still low; it cancels when the atoms are added up, or the NMSE would be larger.
+# The new atoms are mostly fast waves. But each is a mixture of high bases, not a single one. That is no surprise: the
+# coefficients were learned for low bases and are not trained, so they mix the high bases. About a quarter (28 %) of the
+# energy is still low. These low parts must cancel when the atoms are added up, or the NMSE would be larger.
 #
 # ## Where it stops being true
 #
-# **If the atoms are exactly low waves, why do coefficients get below 1 at all?** Because the atoms are not exactly low
-# waves: a small part of $D$ lies outside the pool, left over from its random start and from the optimizer. Large
-# coefficients can use it. Take this part away from the output, by projecting it on the pool, and nothing is left:
+# **New coefficients reach an NMSE of 0.6. If the atoms were exactly low waves, it would be at least 1. Why is it
+# lower?** Because the atoms are not exactly low waves. A small part of $D$ (of its energy) lies outside the pool: it is
+# left over from the random start and from the optimizer. Large coefficients can use it. We take this part away from the
+# output, by projecting the output on the pool. Then nothing useful is left:
 
 # %%
 output = tuned["soft", "coefficients"](masked_high)  # (500, T)
@@ -196,22 +211,25 @@ lesson.check("coefficients only, on the pool alone: NMSE", projected, (0.999, 1.
 lesson.check("part of D outside the pool", outside, (0, 0.02), quick=(0, 0.05), form=".2%")
 
 # %% [markdown]
-# **The claim rests on sparsity.** In the table above, the dense layer adapts with its coefficients alone. It can set
-# all 100 coefficients freely and large, and so add up the leftovers. A layer with a threshold and a price cannot.
+# **The claim rests on sparsity.** In the table of the new task, the dense layer adapts with its coefficients alone. It
+# can make all 100 coefficients large, and so add up the small leftovers. A layer with a threshold and a price cannot.
 #
 # | the paper (§3.3, C.1) | here | |
 # |---|---|---|
 # | restores masked signals | yes | ✓ |
-# | few atoms with sparsity, about 100 without | 4, against about 60 | ✓ |
-# | atoms resemble Fourier bases | cosine above 0.97 | ✓ |
-# | tuning atoms fits the new task | NMSE below 0.1 | ✓ |
-# | tuning coefficients fails | 0.6: far worse, but not nothing | ✓ partly |
-# | (not tested in the paper) coefficients of a dense layer fail too | they succeed | ✗ |
+# | 9 atoms with sparsity, 100 without | 4, against 63 | ✓ |
+# | atoms resemble Fourier bases | cosine 0.999 | ✓ |
+# | training the atoms fits the new task | NMSE 0.014 | ✓ |
+# | training the coefficients fails | NMSE 0.60: far worse, but below 1 | ✓ partly |
+# | (not tested in the paper) training the coefficients of a dense layer | NMSE 0.014: it fits | – |
 #
 # ## Appendix: two other readings of "5 random Fourier bases"
 #
-# - **5 of 5**: every signal uses the same five bases.
-# - **5 of 49**: five bases of the whole low band for each signal, and a mask of its own.
+# - **5 of 5:** the pool is five bases, and every signal uses them all. Top-k with $k = 9$ replaces the soft threshold.
+# - **5 of 49:** the pool is the whole low band, and each signal has a mask of its own. Here $k = 5$.
+#
+# The first two columns of numbers tell how well the layer restores the low band, and how like bases its atoms are. The
+# last two give the NMSE on the high band, after training only coefficients or only atoms there.
 
 # %%
 rows, readings = [], {"5 of 5": fourier.five_of_five, "5 of 49": fourier.five_of_all}
@@ -231,23 +249,23 @@ lesson.check("5 of 49: NMSE", rows[1][1], (0.4, 0.6), quick=(0.4, 0.9))
 lesson.check("5 of 49: cosine", rows[1][2], (0.95, 1), quick=(0.4, 1))
 
 # %% [markdown]
-# With 5 of 5 the layer restores the signals, but its atoms remain mixtures: every signal needs the whole pool, so no
-# atom has to choose one basis. With 5 of 49 the atoms become bases, but 16 samples and one layer are too little to
-# restore the signals. Neither reading shows all that the paper reports; ten bases do.
+# With 5 of 5 the layer restores the signals, but its atoms remain mixtures: every signal needs the whole pool, so
+# nothing makes an atom a single basis. With 5 of 49 the atoms become bases, but one layer with 16 samples cannot
+# restore the signals. Neither reading shows all that the paper reports. A pool of ten does.
 #
 # ## Exercises
 #
-# 1. Set `SEED = 1`. Which of the ranges still hold?
+# 1. Set `SEED = 1`. Which conclusions still hold?
 # 2. Give the five-of-ten reading a pool of 7: `fourier.five_of_ten(pool=7, **options)`. What happens to the cosine?
 # 3. The price counts coefficients only. How could a layer lower it without using fewer atoms?
 #
 # <details>
 # <summary>Answers</summary>
 #
-# 1. All conclusions; over seeds 0 to 2 coefficients alone reach an NMSE of 0.43 to 0.69, and atoms alone 0.01 to 0.09.
+# 1. All of them. Over seeds 0 to 2, coefficients alone reach an NMSE of 0.43 to 0.69, and atoms alone 0.01 to 0.09.
 # 2. It falls to about 0.7. A signal then takes most of the pool, so mixtures cost hardly more than single bases.
 # 3. Halve $s$ and double $d$: the product is the same and the price is half. Lesson 1 fixes the lengths at 1. Here
-#    nothing does; training for a fixed number of steps keeps the atoms from growing without end.
+#    nothing fixes them. Only the fixed number of training steps keeps the atoms from growing without end.
 #
 # </details>
 #

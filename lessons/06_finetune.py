@@ -39,7 +39,7 @@ from torch.nn.utils import clip_grad_norm_
 from dit import Pipeline
 from dit.data import encode, load_images
 from dit.diffusion import noise_error
-from dit.page import overlay, watch
+from dit.maps import overlay, watch
 from dit.pictures import to_pil, to_tensor
 from dit.tiny.editing import SubjectPicture
 from dit.train import TrainConfig, measure_usage, train

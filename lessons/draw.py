@@ -76,7 +76,7 @@ def condition(codes, gradient, lam):
     return figure
 
 
-def valley(surface, box, paths):
+def valley(surface, box, paths, minimum):
     """The objective as contours over two coefficients, and the path {name: (steps, 2)} of each method"""
     figure, axes = panels(1, 2, height=4.9, sharey=True)
     levels = surface.min() + torch.logspace(-3.2, 0.7, 18) * (surface.max() - surface.min()) / 5
@@ -86,11 +86,11 @@ def valley(surface, box, paths):
         ax.plot(*path[0], "s", color="black")
         ax.annotate("start", path[0], (4, 8), textcoords="offset points")
         ax.annotate(f"step {len(path) - 1}", path[-1], (14, 12), textcoords="offset points", color=color)
-        ax.plot(1.95, 0, "*", color=RED, markersize=13, zorder=3)
+        ax.plot(*minimum, "*", color=RED, markersize=13, zorder=3)
         ax.set(xlabel="coefficient of atom 1", title=name)
         ax.set_aspect("equal")
     axes[0].set_ylabel("coefficient of atom 2")
-    axes[0].annotate("minimum", (1.95, 0), (0, -18), textcoords="offset points", color=RED, ha="center")
+    axes[0].annotate("minimum", minimum, (0, -18), textcoords="offset points", color=RED, ha="center")
     return figure
 
 
@@ -110,8 +110,8 @@ def bounds(curves, limits):
     return figure
 
 
-def path(shares, codes, planted, counts, errors, noise):
-    """One signal's coefficients (λ, M) along λ, and the error of all signals by the number of atoms"""
+def path(shares, codes, planted, counts, errors, noise, marks):
+    """One signal's coefficients (λ, M) along λ, and the error of all signals by the number of atoms; marks {i: text}"""
     figure, (left, right) = panels(1, 2, height=4)
     for values, truth in zip(codes.T, planted):
         if truth:
@@ -123,6 +123,8 @@ def path(shares, codes, planted, counts, errors, noise):
     left.set_title("one signal: its 5 atoms (coloured),\nother atoms (grey), the truth (◂)")
     decimal_ticks(left.xaxis, [1, 0.1, 0.01, 0.001])
     right.plot(counts, [100 * error for error in errors], ".-", color=BLUE)
+    for i, text in marks.items():
+        label(right, counts[i], 130 * errors[i], text, BLUE)
     right.axhline(100 * noise, color=GREY, ls=":")
     right.text(0.55, 55 * noise, "share of noise in the signals", color="0.4")
     right.set(xscale="log", yscale="log", xlim=(0.5, 80), xlabel="atoms used per signal")
@@ -300,14 +302,14 @@ def flips(rows):
 
 
 def changes(before, after, single, names):
-    """A digit before and after, and what each atom switches on (red) and off (blue): single (n, H, W)"""
+    """A digit before and after, and where each atom makes it brighter (red) or darker (blue): single (n, H, W)"""
     figure = plt.figure(figsize=(8.6, 4.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 3))
     top, bottom = left.subplots(2, 1)
     image(top, before, "no atoms", vmin=0, vmax=1)
     image(bottom, after, "the best 12", vmin=0, vmax=1)
     for ax, difference, name in zip(right.subplots(3, 4).flat, single, names):
-        image(ax, difference, name, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+        image(ax, difference, name, cmap="RdBu_r", vmin=-0.3, vmax=0.3)
         if difference.abs().max() < 0.005:
             ax.text(13.5, 13.5, "not used\nhere", ha="center", va="center", color="0.5")
     right.colorbar(right.axes[0].images[0], ax=right.axes, label="pixel with − without", extend="both", shrink=0.8)

@@ -23,6 +23,10 @@ class Adapter(nn.Module):
         self._memory = None
         self.scale = 1.0  # of ΔO; `set_scale`
 
+    def silent(self):
+        """Whether it changes nothing, for every input."""
+        return self.scale == 0
+
     def _apply(self, fn, recurse=True):
         """`model.to(torch.bfloat16)` and the like move an adapter, but leave it as precise as it was."""
 
@@ -67,9 +71,7 @@ class SparseAdapter(Adapter):
 
     method = "sparse"
 
-    def __init__(
-        self, in_dim, out_dim, heads, *, atoms=256, density=0.02, threshold="top_k", lam=None, order="before"
-    ):
+    def __init__(self, in_dim, out_dim, heads, *, atoms=256, density=0.02, threshold="top_k", lam=None, order="before"):
         super().__init__()
         if not is_whole(atoms) or atoms < 1 or atoms % heads:
             raise UserError(f"atoms={atoms} does not split over {heads} heads; choose a multiple of {heads}")
@@ -150,13 +152,13 @@ class SparseAttention(nn.Module):
     """O + ΔO = O + S D, with S from the same attention map as O    (Eq. 9)
 
     Wraps an attention of any kind in `kinds.py`, has its signature, and lends its attributes. X in X W_s are the tokens
-    that V is made of: of cross-attention, the context.
+    that V is made of: of cross-attention, the context. Several adapters add a ΔO each.
     """
 
     def __init__(self, base, adapter):
         super().__init__()
-        self.base, self.adapter = base, adapter
-        self.together = (adapter,)  # the adapters of the whole model, for __getattr__
+        self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
+        self.together = [[adapter]]  # all adapters of the model; `attach.loaded`
 
     def __getattr__(self, name):
         """The base's attributes, for code that reads them, such as nn.TransformerEncoderLayer.
@@ -170,9 +172,16 @@ class SparseAttention(nn.Module):
             if name == "base":
                 raise
         value = getattr(self.base, name)
-        if isinstance(value, nn.Parameter) and (torch.is_grad_enabled() or not all(a.silent() for a in self.together)):
+        everyone = [adapter for group in self.together for adapter in group]
+        if isinstance(value, nn.Parameter) and (torch.is_grad_enabled() or not all(a.silent() for a in everyone)):
             return value.as_subclass(NotAlone)
         return value
+
+    @property
+    def active(self):
+        """The adapters to compute. One of scale 0 beside others is left out, so that they round as they do alone."""
+        everyone = [self.adapter, *self.more]
+        return [adapter for adapter in everyone if adapter.scale != 0] or everyone
 
     def take_apart(self, args, kwargs):
         kind = kind_of(self.base)
@@ -181,7 +190,7 @@ class SparseAttention(nn.Module):
         return kind.take_apart(self.base, *args, **kwargs)
 
     def forward(self, *args, **kwargs):
-        """One pass A [V | X W_s] gives O and S together.
+        """One pass A [V | X W_s] gives O and S together; of several adapters A [V | X W_s¹ | X W_s² | …].
 
         Fused kernels want q, k and v equally wide: q and k are padded with zeros, and the scale stays
         that of the unpadded head. Padding can change how a kernel rounds O, so with a silent adapter O comes
@@ -191,23 +200,28 @@ class SparseAttention(nn.Module):
         M = 256. Above M = 2,944 the fused kernels are lost, and the slow one takes over.
         """
         parts = self.take_apart(args, kwargs)  # q (B, H, N, C/H), k and v (B, H, L, C/H)
-        z = self.adapter.encode(parts.tokens)  # (B, L, M)
-        z = split_heads(z, self.adapter.heads)  # (B, L, M) -> (B, H, L, M/H)
-        width, extra = parts.v.shape[-1], z.shape[-1]  # C/H, M/H
+        active = self.active
+        z = [split_heads(a.encode(parts.tokens), a.heads) for a in active]  # each (B, L, M) -> (B, H, L, M/H)
+        widths = [each.shape[-1] for each in (parts.v, *z)]  # C/H, M/H of each
+        extra = sum(widths[1:])
         mixed = parts.attend(
             F.pad(parts.q, (0, extra)),  # (B, H, N, C/H + M/H)
             F.pad(parts.k, (0, extra)),  # (B, H, L, C/H + M/H)
-            torch.cat([parts.v, z], dim=-1),  # (B, H, L, C/H + M/H)
+            torch.cat([parts.v, *z], dim=-1),  # (B, H, L, C/H + M/H)
         )
-        o, s = mixed.split([width, extra], dim=-1)  # (B, H, N, C/H), (B, H, N, M/H)
-        s = self.adapter.coefficients(merge_heads(s))  # (B, H, N, M/H) -> (B, N, M)
-        result = self.base(*args, **kwargs) if self.adapter.silent() else parts.output(o)
-        return parts.add(result, self.adapter(s))
+        o, *mixed = mixed.split(widths, dim=-1)  # (B, H, N, C/H), each (B, H, N, M/H)
+        result = self.base(*args, **kwargs) if all(a.silent() for a in active) else parts.output(o)
+        for adapter, s in zip(active, mixed):
+            result = parts.add(result, adapter(adapter.coefficients(merge_heads(s))))  # s -> (B, N, M) -> (B, N, C_o)
+        return result
 
     def forward_naive(self, *args, **kwargs):
         """The same as it stands in the paper: O first, then S from the attention map written out."""
         parts = self.take_apart(args, kwargs)
         a = parts.attention_map()  # (B, H, N, L)
-        z = self.adapter.encode(parts.tokens)  # (B, L, M)
-        mixed = merge_heads(a @ split_heads(z, self.adapter.heads))  # (B, H, N, L) x (B, H, L, M/H) -> (B, N, M)
-        return parts.add(self.base(*args, **kwargs), self.adapter(self.adapter.coefficients(mixed)))
+        result = self.base(*args, **kwargs)
+        for adapter in self.active:
+            z = adapter.encode(parts.tokens)  # (B, L, M)
+            mixed = merge_heads(a @ split_heads(z, adapter.heads))  # (B, H, N, L) x (B, H, L, M/H) -> (B, N, M)
+            result = parts.add(result, adapter(adapter.coefficients(mixed)))
+        return result

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .adapter import SparseAdapter
-from .attach import adapters
+from .attach import adapters, loaded
 from .common import UserError, is_whole
 
 
@@ -138,6 +138,10 @@ def sparse_adapters(model):
     layers = adapters(model)
     if not layers:
         raise UserError("no adapter is attached to this model; attach or load one first")
+    if len(loaded(model)) > 1:
+        raise UserError(
+            f"{len(loaded(model))} adapters are attached; detach them and load the one whose atoms are meant"
+        )
     if not all(isinstance(adapter, SparseAdapter) for adapter in layers.values()):
         raise UserError("atoms exist only for the sparse method; this model has another adapter")
     return layers

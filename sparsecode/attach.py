@@ -11,6 +11,7 @@ from .baselines import OFT, AdaptedLinear, DoRA, LoRA
 from .common import UserError, is_number
 from .kinds import kind_of
 
+WRAPPERS = (SparseAttention, AdaptedLinear)
 METHODS = {adapter.method: adapter for adapter in (SparseAdapter, LoRA, DoRA, OFT)}
 
 
@@ -26,6 +27,10 @@ def attach(model, method="sparse", target="attn1", **options):
     attention matches names Linears by their own dotted names, "attn1.to_q|ff", and for LoRA and DoRA a Conv2d without
     groups. Returns the new adapters.
     """
+    if attached(model):
+        raise UserError(
+            "adapters are attached to this model already; detach them first, since one is trained at a time"
+        )
     wrappers = wrap(model, method, dict.fromkeys(sites_of(model, method, target), options), target)
     install(model, wrappers)
     return [wrapper.adapter for wrapper in wrappers.values()]
@@ -33,13 +38,22 @@ def attach(model, method="sparse", target="attn1", **options):
 
 def detach(model):
     """Put the very modules back that `attach` wrapped. They stay frozen."""
-    for name, wrapper in attached(model).items():
+    for name, wrapper in reversed(attached(model).items()):  # one inside another comes first
         model.set_submodule(name, wrapper.base)
 
 
 def adapters(model):
-    """The attached adapters by the name of the module each is wrapped around."""
-    return {name: wrapper.adapter for name, wrapper in attached(model).items()}
+    """The attached adapters by the name of the module each is wrapped around: of several "name", "name#2", …"""
+    found, wrappers = {}, attached(model)
+    for name, wrapper in wrappers.items():
+        name = plain(name, wrappers)
+        found |= {name: wrapper.adapter, **{f"{name}#{i}": more for i, more in enumerate(wrapper.more, 2)}}
+    return found
+
+
+def loaded(model):
+    """The adapters that each call of `attach` or `load_adapter` brought, a list of lists, the first call first."""
+    return next((wrapper.together for wrapper in attached(model).values()), [])
 
 
 def trainable(model):
@@ -65,8 +79,6 @@ def sites_of(model, method, target):
 
 def wrap(model, method, sites, target):
     """Wrappers around modules, by name; `sites` gives the options of each, {name: dict}. The model is not touched."""
-    if attached(model):
-        raise UserError("adapters are attached to this model already; detach them first")
     if method not in METHODS:
         raise UserError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     known = inspect.getfullargspec(METHODS[method].__init__).kwonlyargs
@@ -80,7 +92,7 @@ def wrap(model, method, sites, target):
             raise UserError(f"{name} cannot be taken apart: {obstacle}")
     wrappers = {}
     for site, options in sites.items():
-        base = model.get_submodule(site)
+        base = unwrapped(model.get_submodule(site))
         if method == "sparse":
             adapter = SparseAdapter(*kind_of(base).sizes(base), **options)
             wrappers[site] = SparseAttention(base, adapter)
@@ -96,21 +108,37 @@ def wrap(model, method, sites, target):
 def set_scale(model, scale):
     """O + s ΔO from now on, for what each adapter adds to its attention or Linear: 1 as trained, 0 the base to the bit.
 
-    For DoRA and OFT it blends the outputs of the frozen and the adapted Linear. The scale is not saved.
+    For DoRA and OFT it blends the outputs of the frozen and the adapted Linear. The scale is not saved. With several
+    adapters, O + s₁ ΔO₁ + s₂ ΔO₂ + …, one number holds for all; a list has one for each, in the order of loading.
     """
     if not attached(model):
         raise UserError("no adapter is attached to this model; attach or load one first")
-    if not is_number(scale):
-        raise UserError(f"scale={scale!r} is not a number; choose one like 0.7")
-    for wrapper in attached(model).values():
-        wrapper.adapter.scale = float(scale)
+    groups, scales = loaded(model), list(scale) if isinstance(scale, (list, tuple)) else [scale]
+    if len(scales) not in (1, len(groups)):
+        raise UserError(f"there are {len(scales)} scales for {len(groups)} adapters; give one for all, or one for each")
+    for value in scales:
+        if not is_number(value):
+            raise UserError(f"scale={value!r} is not a number; choose one like 0.7")
+    for group, value in zip(groups, scales * len(groups)):
+        for adapter in group:
+            adapter.scale = float(value)
 
 
 def install(model, wrappers):
-    model.requires_grad_(False)
-    for name, wrapper in wrappers.items():
-        model.set_submodule(name, wrapper)
-        wrapper.together = tuple(other.adapter for other in wrappers.values())
+    """Put wrappers in their places; where one is already, it takes the new adapter in."""
+    groups = [*loaded(model), [wrapper.adapter for wrapper in wrappers.values()]]
+    if len(groups) == 1:
+        model.requires_grad_(False)
+    for site, wrapper in wrappers.items():
+        parent, _, name = site.rpartition(".")
+        parent = unwrapped(model.get_submodule(parent))
+        present = getattr(parent, name)
+        if isinstance(present, type(wrapper)):
+            present.more.append(wrapper.adapter)
+        else:
+            setattr(parent, name, wrapper)
+    for wrapper in attached(model).values():
+        wrapper.together = groups
 
 
 def attentions(model, target=""):
@@ -136,10 +164,22 @@ def named(model, fits, target):
         pattern = re.compile(target)
     except re.error as error:
         raise UserError(f"target={target!r} is no regular expression ({error}); fix it") from None
-    plain = {wrapper.base: name for name, wrapper in attached(model).items()}
-    found = {plain.get(m, name): m for name, m in model.named_modules() if name and fits(m)}
+    wrappers = attached(model)
+    found = {plain(name, wrappers): m for name, m in model.named_modules() if name and fits(m)}
     return {name: module for name, module in found.items() if pattern.search(name)}
 
 
 def attached(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, (SparseAttention, AdaptedLinear))}
+    return {name: m for name, m in model.named_modules() if isinstance(m, WRAPPERS)}
+
+
+def unwrapped(module):
+    return module.base if isinstance(module, WRAPPERS) else module
+
+
+def plain(name, wrappers):
+    """The name that a module has without adapters, from the one it has with them; `wrappers` are the `attached`."""
+    for outer in reversed(wrappers):  # a wrapper inside another comes first
+        if f"{name}.".startswith(f"{outer}.base."):
+            name = outer + name.removeprefix(f"{outer}.base")
+    return name

@@ -16,11 +16,11 @@ from .common import UserError, is_number, is_whole
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear or Conv2d whose adapter computes the output in its place."""
+    """A frozen Linear or Conv2d whose adapter computes the output in its place. Several add what each changes."""
 
     def __init__(self, base, adapter):
         super().__init__()
-        self.base, self.adapter = base, adapter
+        self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
 
     def __getattr__(self, name):
         """The base's attributes, for code that reads them: a weight's dtype, or all that a fused kernel would take."""
@@ -33,10 +33,11 @@ class AdaptedLinear(nn.Module):
         return value.as_subclass(NotAlone) if isinstance(value, nn.Parameter) else value
 
     def forward(self, x):
-        if self.adapter.scale == 1:
-            return self.adapter(x, self.base)  # (..., C_i) -> (..., C_o)
+        active = [adapter for adapter in (self.adapter, *self.more) if adapter.scale != 0]
+        if [adapter.scale for adapter in active] == [1]:
+            return active[0](x, self.base)  # (..., C_i) -> (..., C_o)
         y = self.base(x)  # (..., C_i) -> (..., C_o)
-        return y if self.adapter.scale == 0 else y + self.adapter.scale * (self.adapter(x, self.base) - y)
+        return y + sum(adapter.scale * (adapter(x, self.base) - y) for adapter in active)
 
 
 class LoRA(Adapter):

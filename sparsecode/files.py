@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import peft_layout
-from .attach import METHODS, attached, attentions, install, linears, wrap
+from .attach import METHODS, attached, attentions, install, linears, loaded, trainable, wrap
 from .common import (
     COUNT,
     NUMBER,
@@ -46,6 +46,8 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     attachments = attached(model)
     if not attachments:
         raise UserError("no adapter is attached to this model, so there is nothing to save; attach one first")
+    if len(loaded(model)) > 1:
+        raise UserError(f"{len(loaded(model))} adapters are attached, a file holds one; detach them and load that one")
     if layout not in ("sparsecode", "peft"):
         raise UserError(f"layout={layout!r} is unknown; choose sparsecode or peft")
     adapter = next(iter(attachments.values())).adapter
@@ -154,7 +156,7 @@ def weights_checksums(model):
     It takes 64 numbers of each parameter, rounded to bfloat16, so that a float32 and a bfloat16 load of one file agree.
     Adapters are left out.
     """
-    ours = {id(value) for wrapper in attached(model).values() for value in wrapper.adapter.parameters()}
+    ours = {id(value) for value in trainable(model)}
     parts = {}
     for name, value in model.named_parameters():
         if id(value) not in ours:

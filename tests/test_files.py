@@ -282,13 +282,6 @@ def test_load_refuses_another_base_and_says_what_differs(tmp_path):
         load_adapter(model, path)
 
 
-def test_load_refuses_on_top_of_another_adapter(tmp_path):
-    model = adapted()
-    save_adapter(model, tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="attached to this model already"):
-        load_adapter(model, tmp_path / "a.safetensors")
-
-
 def test_save_refuses_without_an_adapter(tmp_path):
     with pytest.raises(UserError, match="nothing to save"):
         save_adapter(make(), tmp_path / "a.safetensors")

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_pipeline import write_adapter
 
 from dit import finetune
 from dit import train as training
 from dit.cli import load_pipeline
+from dit.data import encode, load_images
 from dit.pipeline import Pipeline
-from sparsecode import read_header
+from sparsecode import keep_atoms, load_adapter, read_header, save_adapter
 from sparsecode.common import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -237,6 +239,100 @@ def test_two_processes_give_the_same(options, tmp_path, reference):
     assert result.stdout.count("trained 512 parameters") == 1 and result.stdout.count("\n") == 2
     assert_close(load_file(out / "adapter.safetensors"), reference)
     np.testing.assert_allclose(read_losses(out), read_losses(tmp_path / "reference"), rtol=1e-4)
+
+
+# ---- training that begins with a file ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def robot(tiny, tmp_path):
+    return write_adapter(tiny, tmp_path / "robot.safetensors", atoms=4, density=0.5)
+
+
+def first_loss(tiny, pictures, adapter, seed=0):
+    """Of the first step: the noise of one picture, predicted by the model with the adapter of the file."""
+    pipe = Pipeline.from_folder(tiny, device="cpu")
+    files = sorted(pictures.glob("*.png"))
+    data = encode(pipe, load_images(files, 16), [file.with_suffix(".txt").read_text() for file in files])
+    load_adapter(pipe.transformer, adapter)
+    order = training.visiting_order(len(files), 1, 2, seed)
+    with torch.no_grad():
+        return training.training_loss(pipe, data, order, [0], seed).item()
+
+
+def test_training_begins_with_the_adapters_of_a_file(tiny, pictures, options, tmp_path, quick, robot):
+    """With steps too short to change a float32 the file comes out as it went in, but for the use of the atoms."""
+    still = train(options, tmp_path / "still", "--from", robot, "--lr", 1e-12)
+    start = load_file(robot)
+    assert still.keys() == start.keys()
+    assert all(torch.equal(still[name], start[name]) for name in start if not name.endswith(".usage"))
+    moved = train(options, tmp_path / "run", "--from", robot)
+    assert all(0 < (moved[name] - start[name]).abs().max() < 0.1 for name in start if not name.endswith(".usage"))
+    expected = first_loss(tiny, pictures, robot)
+    assert read_losses(tmp_path / "run")[0] == read_losses(tmp_path / "still")[0] == pytest.approx(expected, abs=1e-6)
+    train(options, tmp_path / "fresh")
+    assert read_losses(tmp_path / "fresh")[0] != read_losses(tmp_path / "run")[0]
+    header = read_header(tmp_path / "run" / "adapter.safetensors")
+    assert header["options"] == read_header(robot)["options"] and header["prompt"] == "a red robot"
+    assert header["notes"]["start"] == str(robot) and header["notes"]["seed"] == 0
+
+
+@pytest.mark.parametrize("method, layout", [("lora", "sparsecode"), ("dora", "peft"), ("oft", "peft")])
+def test_training_begins_with_other_methods_and_peft(tiny, pictures, options, tmp_path, quick, method, layout):
+    file = write_adapter(tiny, tmp_path / "start", method, layout=layout, **({} if method == "oft" else {"r": 2}))
+    train(options, tmp_path / "run", "--from", file)
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(first_loss(tiny, pictures, file), abs=1e-6)
+    assert read_header(tmp_path / "run" / "adapter.safetensors")["method"] == method
+    assert finetune.parse(["--images", "x/robot", "--from", str(file)]).out == Path(f"runs/robot-{method}")
+
+
+def test_only_the_atoms_that_a_file_kept_are_trained_on(tiny, options, tmp_path, quick, robot):
+    pipe = Pipeline.from_folder(tiny, device="cpu")
+    load_adapter(pipe.transformer, robot)
+    keep_atoms(pipe.transformer, 3)
+    save_adapter(pipe.transformer, few := tmp_path / "few.safetensors")
+    trained, start = train(options, tmp_path / "run", "--from", few), load_file(few)
+    for name in start:
+        assert trained[name].shape == start[name].shape
+        assert torch.equal(trained[name], start[name]) == name.endswith(".keep") or not start[name].numel()
+
+
+def test_before_and_after_of_a_run_that_began_with_a_file(tiny, options, tmp_path, robot):
+    """Before are the pictures of that file, not those of the base model."""
+    train(options, tmp_path / "run", "--from", robot, "--lr", 1e-12)
+    rows = [sorted((tmp_path / "run" / "pictures").glob(f"{row}-*.png")) for row in (1, 2)]
+    assert all(before.read_bytes() == after.read_bytes() for before, after in zip(*rows)) and len(rows[0]) == 5
+    pipe = Pipeline.from_folder(tiny, device="cpu")
+    load_adapter(pipe.transformer, robot)
+    picture = pipe.generate(["a red robot"], seed=0)[0]
+    with Image.open(rows[0][0]) as drawn:
+        assert drawn.tobytes() == picture.tobytes()
+
+
+def test_a_run_that_began_with_a_file_goes_on_with_it_alone(options, tmp_path, monkeypatch, quick, robot):
+    options = [*options, "--checkpoint-every", "2"]
+    undisturbed = train(options, tmp_path / "undisturbed", "--from", robot)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "save_adapter", die)
+        with pytest.raises(Killed):
+            train(options, tmp_path / "run", "--from", robot)
+    with pytest.raises(UserError, match="belongs to a run with "):
+        train(options, tmp_path / "run", "--resume")
+    with pytest.raises(UserError, match="belongs to a run with --from checksum [0-9]+, not checksum"):
+        train(options, tmp_path / "run", "--resume", "--from", tmp_path / "undisturbed" / "adapter.safetensors")
+    moved = shutil.move(robot, tmp_path / "moved.safetensors")
+    resumed = train(options, tmp_path / "run", "--resume", "--from", moved)
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in undisturbed)
+
+
+@pytest.mark.parametrize("more, message", [
+    ("--method lora", "decides method already; leave it out"), ("--method sparse", "decides method"),
+    ("--atoms 4 --density 0.5", "decides atoms, density"), ("--target attn1", "decides target"),
+    ("--from absent.safetensors", "there is no adapter file absent"), ("--from=", "holds no adapter_config.json"),
+])  # fmt: skip
+def test_what_a_file_to_start_from_decides(options, tmp_path, mistake, robot, more, message):
+    assert message in mistake(finetune, *options, "--out", tmp_path / "run", "--from", robot, *more.split())
+    assert not (tmp_path / "run").exists()
 
 
 # ---- stopped and resumed ----------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_pipeline import write_adapter
 
 from dit import page
+from dit.maps import overlay, watch
 from dit.pipeline import Pipeline
 from sparsecode import (
     adapters,
@@ -181,7 +181,7 @@ def test_the_pictures_of_the_cards(tiny, adapter, pipe, tmp_path):
     found, _ = call(tiny, adapter, tmp_path / "atoms.html", *more)
     full = [pipe.generate(["a star"], steps=3, seed=seed)[0] for seed in (7, 8)]
     for i, (layer, m, _) in enumerate(top_atoms(pipe.transformer, 2)):
-        maps = [page.watch(pipe, "a star", pipe.noise([seed]), [(layer, m)], steps=3)[1][0].mean(0) for seed in (7, 8)]
+        maps = [watch(pipe, "a star", pipe.noise([seed]), [(layer, m)], steps=3)[1][0].mean(0) for seed in (7, 8)]
         atom = adapters(pipe.transformer)[layer].D.data[m]
         kept, atom[:] = atom.clone(), 0
         missing = pipe.generate(["a star"] * 2, steps=3, seed=7)
@@ -189,7 +189,7 @@ def test_the_pictures_of_the_cards(tiny, adapter, pipe, tmp_path):
         for k in range(2):
             assert pixels(found.cards("with this atom", k)[i]) == jpeg(full[k])
             assert pixels(found.cards("without this atom", k)[i]) == jpeg(missing[k]) != jpeg(full[k])
-            assert pixels(found.cards("its map", k)[i]) == jpeg(page.overlay(full[k], maps[k]))
+            assert pixels(found.cards("its map", k)[i]) == jpeg(overlay(full[k], maps[k]))
         change = np.abs(np.array(full, dtype=float) - np.array(missing, dtype=float)).mean()
         assert [f"changes by {change:.1f} of 255" in words for words in found.texts["p"]].count(True) > 0
 
@@ -204,32 +204,6 @@ def test_an_adapter_without_a_density(tiny, tmp_path):
     found, _ = call(tiny, file, tmp_path / "atoms.html", "--top", 1, "--seed", 0)
     assert found.sliders["density"] == (["as trained"], "0")
     assert set(found.stops()) == set(product(range(2), [0], [0]))
-
-
-def test_maps_are_those_of_the_pass_with_the_prompt(pipe):
-    """Seen once more without guidance, where there is no other pass: the first step sees the same noise."""
-    noise = pipe.noise([3], 16, 24)  # (1, 4, 8, 12)
-    best = [(layer, m) for layer, m, _ in top_atoms(pipe.transformer, 5)]
-    assert len({layer for layer, _ in best}) == 2
-    picture, maps = page.watch(pipe, "a red robot", noise, best, steps=3)
-    _, alone = page.watch(pipe, "a red robot", noise, best, steps=3, guidance=1)
-    assert picture.size == (24, 16) and maps.shape == (5, 3, 4, 6)  # a patch is 2 × 2 latents
-    torch.testing.assert_close(maps[:, 0], alone[:, 0], atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(maps[:, 2], alone[:, 2], atol=1e-3)
-    _, backwards = page.watch(pipe, "a red robot", noise, best[::-1], steps=3)
-    assert torch.equal(backwards.flip(0), maps)
-
-
-def test_an_overlay_is_red_where_the_atom_is_added_and_blue_where_it_is_subtracted():
-    values = torch.zeros(4, 4)
-    values[0, 0], values[3, 3] = 2.0, -1.0
-    drawn = np.asarray(page.overlay(Image.new("RGB", (64, 64), "white"), values), dtype=int)
-    red, blue, none = drawn[2, 2], drawn[61, 61], drawn[2, 61]
-    assert red[0] > red[2] + 100 and blue[2] > blue[0] + 50 and none.tolist() == [255, 255, 255]
-    paler = np.asarray(page.overlay(Image.new("RGB", (64, 64), "white"), values, scale=4.0), dtype=int)
-    assert drawn[2, 2, 2] < paler[2, 2, 2] < 255
-    nothing = page.overlay(Image.new("RGB", (64, 64), "black"), torch.zeros(4, 4))
-    assert pixels(nothing) == pixels(Image.new("RGB", (64, 64), (128, 128, 128)))
 
 
 # Arguments (after good ones, which they override) and words of the line that they must give.

@@ -57,6 +57,18 @@ def test_scale_and_negative_prompt(tiny, adapter):
     assert pixels(drawn) != pixels(base[1])
 
 
+def test_several_adapters(tiny, adapter, tmp_path):
+    other = write_adapter(tiny, tmp_path / "lora.safetensors", "lora", r=2)
+    options = ("a star", "--seed", 0, "--adapter", adapter, other)
+    both, less = (pixels(rows(tiny, *options, *more)[0][1]) for more in ((), ("--scale", 1, 0.6)))
+    for scale, alone in (("1 0", adapter), ("0 1", other)):
+        drawn = rows(tiny, *options, "--scale", *scale.split())
+        assert drawn[0][0] == "a star (adapted)"
+        assert pixels(drawn[0][1]) == pixels(rows(tiny, "a star", "--seed", 0, "--adapter", alone)[0][1])
+        assert len({*pixels(drawn[0][1]), *both, *less}) == 3
+    assert pixels(rows(tiny, *options, "--scale", 0)[0][1]) == pixels(rows(tiny, "a star", "--seed", 0)[0][1])
+
+
 def test_densities(tiny, adapter):
     drawn = rows(tiny, "a", "b", "--adapter", adapter, "--density", 0.25, 1, "--keep-atoms", 4, "all", "--seed", 0)
     assert [label for label, _ in drawn] == [
@@ -117,6 +129,10 @@ MISTAKES = {
     "a --adapter {adapter} --keep-atoms many": "invalid",
     "a --adapter {adapter} --density 0.1 0": "density=0.0",
     "a --adapter absent.safetensors": "there is no adapter file",
+    "a --adapter {adapter} {adapter} --scale 1 2 3": "there are 3 scales for 2 adapters",
+    "a --adapter {adapter} --scale 1 2": "there are 2 scales for 1 adapters",
+    "a --adapter {adapter} {adapter} --keep-atoms 3": "2 adapters are attached; detach them and load the one",
+    "a --adapter {adapter} {adapter} --density 0.1": "2 adapters are attached",
     "a --seed -1": "0 or more",
     "a --steps 0": "above 0",
     "a --steps 1000": "expected 1 to 999",

@@ -192,7 +192,7 @@ def test_what_is_cut_off_a_prompt_is_said(spiece):
 
 def test_extra_ids_beyond_reason(tmp_path, spiece):
     (tmp_path / "spiece.model").write_bytes(spiece.read_bytes())
-    for value in (1000000000, -1, True, "\"many\"", 1.5):
+    for value in (1000000000, -1, True, '"many"', 1.5):
         text = value if isinstance(value, str) else json.dumps(value)
         (tmp_path / "tokenizer_config.json").write_text(f'{{"extra_ids": {text}}}')
         with pytest.raises(UserError, match="extra_ids is .*; expected a whole number from 0 to 1000"):

@@ -12,10 +12,9 @@ from sparsecode.common import replacing
 def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3, every=500):
     """Minimise `loss(step) -> scalar` and return `module` with the averaged (EMA) weights.
 
-    AdamW trains all parameters but the matrices in `muon`, which torch.optim.Muon trains (Jordan et al., 2024) at twice
-    the learning rate. The rate warms up over 100 steps, stays, and falls to zero over the last `decay` of the steps.
-    The batch of a step depends on the step alone, so a checkpoint (every `every` steps, in `folder`) needs no random
-    state.
+    AdamW trains all parameters but the matrices in `muon`, which `Muon` trains at twice the learning rate. The rate
+    warms up over 100 steps, stays, and falls to zero over the last `decay` of the steps. The batch of a step depends on
+    the step alone, so a checkpoint (every `every` steps, in `folder`) needs no random state.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.pt"
@@ -24,7 +23,7 @@ def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3,
               {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=2 * lr, adjust_lr_fn="match_rms_adamw", weight_decay=0.0))
+        optimizers.append(Muon(muon, lr=2 * lr))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak"] = group["lr"]
     average = {k: v.detach().clone() for k, v in module.state_dict().items()}
@@ -62,6 +61,36 @@ def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3,
                 torch.save(state, temporary)
     module.load_state_dict(average)
     return module.eval()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal (Jordan et al., 2024), scaled to the size of AdamW's steps.
+
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bfloat16, which takes 20 times as long on a
+    CPU that has no instructions for it.
+    """
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for matrix in group["params"]:  # (a, b)
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))  # (a, b)
+                momentum.lerp_(matrix.grad, 0.05)
+                step = orthogonal(matrix.grad.lerp(momentum, 0.95))  # (a, b), Nesterov's
+                matrix.sub_(step, alpha=0.2 * group["lr"] * max(matrix.shape) ** 0.5)
+
+
+def orthogonal(matrix):
+    """About U Vᵀ for a matrix U S Vᵀ (a, b), by five steps of Newton and Schulz: singular values within 0.7 to 1.2."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # (short, long)
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T  # (short, short)
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def rng_of(stage, seed, step):

@@ -26,7 +26,7 @@ def cached_scenes(args, vae, tokenizer, encoder, folder):
         rng, factor = rng_of("scenes", args.seed, 0), vae.config.factor
         latents, texts, things = [], [], torch.zeros(args.pictures, 64 // factor, 64 // factor, dtype=torch.bool)
         for start in tqdm(range(0, args.pictures, 100), desc="scenes", disable=None):
-            scenes = [sample_scene(rng) for _ in range(start, min(start + 100, args.pictures))]
+            scenes = [sample_scene(rng, two_things=0.5) for _ in range(start, min(start + 100, args.pictures))]
             images = to_tensor([draw(scene) for scene in scenes]).to(args.device)
             latents.append(vae.encode(images).half().cpu())
             texts += [caption(scene, rng) for scene in scenes for _ in range(2)]  # picture i has captions 2i, 2i + 1

@@ -1,7 +1,7 @@
 """Does a picture show what its caption says? A small classifier of scenes, trained on fresh renderings, judges.
 
-    python -m dit.tiny.judge                                  the tiny model, on seen and withheld combinations
-    python -m dit.tiny.judge --adapter runs/robot/adapter.safetensors
+python -m dit.tiny.judge                                  the tiny model, on seen and withheld combinations
+python -m dit.tiny.judge --adapter runs/robot/adapter.safetensors
 """
 
 import math

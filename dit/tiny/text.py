@@ -14,17 +14,23 @@ from dit.tiny.scenes import BACKGROUNDS, PATTERNS, PLACES, SIZES, THINGS, UNSEEN
 from sparsecode.common import replacing
 
 # Nouns beyond the things of scenes, so that prompts can speak of others, and the words that captions are made of.
-OTHERS = """
+OTHERS = (
+    """
 robot boat plane bird monster wizard king queen child man woman face head eye toy bowl can vase sneaker plushie cartoon
 sloth sky rain snow river lake sea beach sand forest jungle desert field garden street city road bridge tower barn shop
 room kitchen table floor wall ball plate grass flower food drink animal fruit tool deer sheep bat shoe cube
-""".split() + [*UNSEEN]
-WORDS = """
+""".split()
+    + [*UNSEEN]
+)
+WORDS = (
+    """
 a an the and with of in on at to is it its this that from by for near under over beside behind between into there
 picture photo image drawing painting sketch sculpture icon shiny dark light bright soft small large big tiny huge old
 new grey brown pink cyan gold silver wooden metal glass plastic paper stone wet dry striped checked spotted plain
 orange shaped floating top bottom left right middle centre red green blue yellow purple white black background
-""".split() + [*THINGS, *OTHERS]
+""".split()
+    + [*THINGS, *OTHERS]
+)
 
 
 def train_tokenizer(args, folder):

@@ -1,4 +1,4 @@
-"""Sparse fine-tuning of transformers: the mathematics, which knows nothing of pictures."""
+"""The mathematics of sparse fine-tuning: sparse coding, adapters for attention, and tools to study their atoms."""
 
 from .adapter import SparseAdapter, SparseAttention
 from .atoms import importance, keep_atoms, orthogonality, record_maps, record_usage, set_density, top_atoms

@@ -16,19 +16,19 @@ ORDERS = ("before", "after")
 
 
 class Adapter(nn.Module):
-    """What the methods share: numbers that stay in float32, and results that last until a parameter changes."""
+    """The base of all methods: parameters that stay in float32, and results cached until a parameter changes."""
 
     def __init__(self):
         super().__init__()
         self._memory = None
-        self.scale = 1.0  # of ΔO; `set_scale`
+        self.scale = 1.0  # factor of ΔO; see `set_scale`
 
     def silent(self):
         """Whether it changes nothing, for every input."""
         return self.scale == 0
 
     def _apply(self, fn, recurse=True):
-        """`model.to(torch.bfloat16)` and the like move an adapter, but leave it as precise as it was."""
+        """`model.to(torch.bfloat16)` and the like move an adapter, but do not lower its precision."""
 
         def precise(value):
             moved = fn(value)
@@ -38,9 +38,9 @@ class Adapter(nn.Module):
         return super()._apply(precise, recurse)
 
     def remembered(self, compute, *tensors):
-        """compute(), done again only after one of `tensors` was changed in place (by its version counter) or replaced.
+        """compute(), cached until one of `tensors` is replaced or changed in place (seen by its version counter).
 
-        A change through `tensor.data` is not counted; change the tensor itself, under torch.no_grad().
+        A change through `tensor.data` is not seen; change the tensor itself, under torch.no_grad().
         """
         versions = [(None if v.is_inference() else v._version, v.dtype, v.device) for v in tensors]
         if self._memory is None or self._memory[1] != versions or any(map(operator.is_not, self._memory[0], tensors)):
@@ -48,25 +48,25 @@ class Adapter(nn.Module):
         return self._memory[2]
 
     def while_frozen(self, compute, *tensors):
-        """compute(), remembered where no gradient is asked for."""
+        """compute(), cached while gradients are disabled."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
         return self.remembered(compute, *tensors)
 
 
 class SparseAdapter(Adapter):
-    """What is trained: W_s (C_i, M), which makes the coefficients S, and the atoms D (M, C_o)
+    """The trained part: W_s (C_i, M), which makes the coefficients S, and D (M, C_o), whose rows are the atoms
 
         order="before"    S = A σ_λ(X W_s)    what the paper runs (§3.4)
         order="after"     S = σ_λ(A X W_s)    (Eq. 8)
 
-    and ΔO = S D. `density` sets top-k, `lam` the soft and relu thresholds. The M atoms are split
-    evenly over the heads, and the coefficients of a head are mixed by its own A⁽ʰ⁾; top-k picks among
-    all M of a token. D starts at zero, so a fresh adapter is silent; W_s starts at the scale that
-    gives a layer-normed X coefficients of about unit variance.
+    and ΔO = S D. `density` is the ρ of top-k, `lam` the λ of the soft and relu thresholds. The M atoms are split evenly
+    over the heads: A⁽ʰ⁾ mixes the coefficients of head h. top-k chooses among all M coefficients of a token. D starts
+    at zero, so a fresh adapter changes nothing. W_s starts at a scale that gives X W_s about unit variance if X is
+    layer-normed.
 
-    `keep` switches atoms on and off without retraining, and `usage` is the mean |S_m| last measured
-    (both are set by `atoms.py`).
+    `keep` (M,) switches atoms on and off; `usage` (M,) is the mean |S_m| of the last measurement (both are set by
+    `atoms.py`). UserError for options that do not fit.
     """
 
     method = "sparse"
@@ -89,16 +89,17 @@ class SparseAdapter(Adapter):
         self.W_s = nn.Parameter(torch.randn(in_dim, atoms) / in_dim**0.5)  # (C_i, M)
         self.D = nn.Parameter(torch.zeros(atoms, out_dim))  # (M, C_o)
         self.register_buffer("usage", torch.zeros(atoms))  # (M,)
-        self.measured_with = None  # usage_depends_on() of that time
+        self.measured_with = None  # usage_depends_on() at the last measurement
         self.register_buffer("keep", torch.ones(atoms, dtype=torch.bool), persistent=False)  # (M,)
 
     def set_density(self, density):
+        """Set ρ, above 0 and up to 1; UserError otherwise."""
         if not is_number(density) or not 0 < density <= 1:
             raise UserError(f"density={density!r} is not a share of the atoms; choose one above 0 and up to 1")
         self.density = float(density)
 
     def usage_depends_on(self):
-        """What `usage` is measured with; the usage is out of date when this has changed."""
+        """What `usage` depends on: when this changes, `usage` is out of date."""
         return self.density, checksum(self.W_s)
 
     @property
@@ -124,7 +125,7 @@ class SparseAdapter(Adapter):
         return self.sigma(z) if self.order == "before" else z  # (B, L, M)
 
     def coefficients(self, mixed):
-        """S, from what attention has mixed: itself for order="before", σ_λ(mixed) for "after"."""
+        """S, from the output of attention: `mixed` itself for order="before", σ_λ(mixed) for "after"."""
         return self.sigma(mixed) if self.order == "after" else mixed  # (B, N, M)
 
     def forward(self, coefficients):
@@ -135,7 +136,7 @@ class SparseAdapter(Adapter):
     def silent(self):
         """Whether ΔO is zero for every input: scale 0, D untrained, or no atom kept.
 
-        torch.compile takes it for not silent. Asking a GPU waits for it, so the answer is remembered.
+        Under torch.compile the answer is always False. The check has to wait for a GPU, so its result is cached.
         """
         if torch.compiler.is_compiling():
             return False
@@ -145,14 +146,14 @@ class SparseAdapter(Adapter):
 
 
 class NotAlone(torch.Tensor):
-    """A weight that fused kernels leave alone: PyTorch's fast paths ask for tensors of no special class."""
+    """A weight that PyTorch's fused fast paths refuse, because they accept no subclass of Tensor."""
 
 
 class SparseAttention(nn.Module):
     """O + ΔO = O + S D, with S from the same attention map as O    (Eq. 9)
 
-    Wraps an attention of any kind in `kinds.py`, has its signature, and lends its attributes. X in X W_s are the tokens
-    that V is made of: of cross-attention, the context. Several adapters add a ΔO each.
+    Wraps any attention that `kinds.py` knows, and has its signature and attributes. X in X W_s are the tokens that V is
+    computed from; in cross-attention, the context. If there are several adapters, each adds its ΔO.
     """
 
     def __init__(self, base, adapter):
@@ -161,10 +162,10 @@ class SparseAttention(nn.Module):
         self.together = [[adapter]]  # all adapters of the model; `attach.loaded`
 
     def __getattr__(self, name):
-        """The base's attributes, for code that reads them, such as nn.TransformerEncoderLayer.
+        """Attributes of the base, for code that reads them, such as nn.TransformerEncoderLayer.
 
-        Without gradients that layer takes the weights and computes everything itself, past this module. It may do so
-        only while all adapters are silent: nn.TransformerEncoder decides for all its layers at once.
+        Without gradients, that layer computes the attention itself from these weights and bypasses this module. It may
+        do so only while all adapters are silent, because nn.TransformerEncoder decides once for all its layers.
         """
         try:
             return super().__getattr__(name)
@@ -173,31 +174,31 @@ class SparseAttention(nn.Module):
                 raise
         value = getattr(self.base, name)
         everyone = [adapter for group in self.together for adapter in group]
-        if isinstance(value, nn.Parameter) and (torch.is_grad_enabled() or not all(a.silent() for a in everyone)):
+        if isinstance(value, torch.Tensor) and (torch.is_grad_enabled() or not all(a.silent() for a in everyone)):
             return value.as_subclass(NotAlone)
         return value
 
     @property
     def active(self):
-        """The adapters to compute. One of scale 0 beside others is left out, so that they round as they do alone."""
+        """The adapters to compute. One of scale 0 beside others is left out, so that rounding does not change."""
         everyone = [self.adapter, *self.more]
         return [adapter for adapter in everyone if adapter.scale != 0] or everyone
 
     def take_apart(self, args, kwargs):
         kind = kind_of(self.base)
-        if obstacle := kind.obstacle(self.base):  # something can have changed since `attach`
+        if obstacle := kind.obstacle(self.base):  # the base may have changed since `attach`
             raise UserError(f"this attention cannot be taken apart: {obstacle}")
         return kind.take_apart(self.base, *args, **kwargs)
 
     def forward(self, *args, **kwargs):
-        """One pass A [V | X W_s] gives O and S together; of several adapters A [V | X W_s¹ | X W_s² | …].
+        """One attention pass A [V | X W_s] gives O and S together; several adapters: A [V | X W_s¹ | X W_s² | …].
 
-        Fused kernels want q, k and v equally wide: q and k are padded with zeros, and the scale stays
-        that of the unpadded head. Padding can change how a kernel rounds O, so with a silent adapter O comes
-        from the base itself, to the bit. (torch.compile pads always.)
+        Fused kernels need q, k and v of equal width, so q and k are padded with zeros; the scale stays that of the
+        unpadded head. Padding can change how a kernel rounds O. So with a silent adapter O comes from the base itself
+        and is the same to the bit (except under torch.compile, which always pads).
 
-        Fused kernels take heads of up to 256 numbers. Here a head has C/H + M/H: in PixArt-Σ 72 + M/16, which is 88 at
-        M = 256. Above M = 2,944 the fused kernels are lost, and the slow one takes over.
+        Fused kernels support a head width of up to 256. Here it is C/H + M/H, in PixArt-Σ 72 + M/16: 88 at M = 256.
+        Above M = 2,944 PyTorch falls back to its slow kernel.
         """
         parts = self.take_apart(args, kwargs)  # q (B, H, N, C/H), k and v (B, H, L, C/H)
         active = self.active
@@ -216,7 +217,7 @@ class SparseAttention(nn.Module):
         return result
 
     def forward_naive(self, *args, **kwargs):
-        """The same as it stands in the paper: O first, then S from the attention map written out."""
+        """The same, by the paper's formula: O first, then S from the explicit attention map."""
         parts = self.take_apart(args, kwargs)
         a = parts.attention_map()  # (B, H, N, L)
         result = self.base(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Which atoms matter, and the two dials that need no retraining: how many, and how dense (§3.3, §4.1–4.2)."""
+"""Which atoms matter, and two settings that need no retraining: how many atoms, and the density (§3.3, §4.1–4.2)."""
 
 from contextlib import contextmanager
 
@@ -13,7 +13,8 @@ from .common import UserError, is_whole
 def set_density(model, rho):
     """Let top-k keep max(1, round(ρ M)) coefficients of each token from now on (Fig. 6).
 
-    The use of the atoms was measured with another density: record it again to rank them with this one.
+    The usage of the atoms was measured at the old density: record it again before you rank them. UserError unless
+    0 < rho <= 1 and all adapters use top_k.
     """
     for adapter in sparse_adapters(model).values():
         if adapter.threshold != "top_k":
@@ -23,10 +24,10 @@ def set_density(model, rho):
 
 @contextmanager
 def record_usage(model):
-    """Measure usage_m = mean |S_m| over every token that passes while the context is open.
+    """Within this context, measure usage_m = mean |S_m| over all tokens that pass through the model.
 
-    Open it around a few generations and the mean is over their tokens, timesteps and prompts. Without
-    a single token the usage stays what it was.
+    Around a few generations, the mean is over their tokens, timesteps and prompts. If the model is not called, the
+    usage does not change.
     """
     tally = {}
 
@@ -48,17 +49,18 @@ def record_usage(model):
 
 @torch.no_grad()
 def importance(model):
-    """usage_m · ‖D_m‖ for each atom (M,), by the name of its layer: how much an atom moves a token.
+    """{layer: usage_m · ‖D_m‖ of each atom, (M,)}: how far an atom moves a token on average.
 
-    Taking the norm in keeps atoms comparable whose norms have drifted apart in training.
+    The factor ‖D_m‖ makes atoms of different norms comparable. UserError if the usage was not measured, or was measured
+    before the density or W_s changed.
     """
     layers = sparse_adapters(model)
     measured = any(adapter.usage.any() for adapter in layers.values())
     if not measured and any(adapter.D.any() for adapter in layers.values()):
-        raise UserError("the use of these atoms was never measured; run the model inside record_usage(model)")
+        raise UserError("the usage of these atoms was never measured; run the model inside record_usage(model)")
     if any(adapter.measured_with not in (None, adapter.usage_depends_on()) for adapter in layers.values()):
         raise UserError(
-            "the use of these atoms was measured before their density or W_s changed; "
+            "the usage of these atoms was measured before their density or W_s changed; "
             "run the model inside record_usage(model) again"
         )
     return {name: adapter.usage * adapter.D.norm(dim=1) for name, adapter in layers.items()}  # (M,) each
@@ -66,7 +68,7 @@ def importance(model):
 
 @torch.no_grad()
 def top_atoms(model, n):
-    """The n most important atoms of the whole model, the most important first: (layer, m, importance) of each."""
+    """The n most important atoms of the whole model, most important first: a list of (layer, m, importance)."""
     scores = importance(model)
     atoms = [(name, m) for name, score in scores.items() for m in range(len(score))]
     if not is_whole(n) or not 1 <= n <= len(atoms):
@@ -77,9 +79,9 @@ def top_atoms(model, n):
 
 @contextmanager
 def record_maps(model, atoms):
-    """Collect S_m, token by token, of some atoms at every call of the model while the context is open.
+    """Within this context, record S_m of some atoms for each token, at each call of the model.
 
-    `atoms` says which: {layer: [m, …]}. Yields {layer: list}, one (B, N, len(atoms[layer])) for each call.
+    `atoms` is {layer: [m, …]}. Yields {layer: list of one tensor (B, N, len(atoms[layer])) per call}, on the CPU.
     """
     layers, maps = sparse_adapters(model), {name: [] for name in atoms}
 
@@ -100,7 +102,8 @@ def record_maps(model, atoms):
 def keep_atoms(model, n):
     """Keep the n most important atoms of the whole model and switch the others off (Fig. 3).
 
-    None or "all" keeps every atom, 0 gives the base model, both to the bit.
+    None or "all" keeps every atom; 0 gives the base model, to the bit. UserError for any other n that is not from 0 to
+    the number of atoms, or if `importance` raises one.
     """
     layers = sparse_adapters(model)
     total = sum(adapter.atoms for adapter in layers.values())
@@ -119,11 +122,11 @@ def keep_atoms(model, n):
 
 
 def orthogonality(model):
-    """Mean cos²(D_i, D_j) over pairs of different atoms, the mean over layers: a penalty to train with (Appendix A)
+    """Mean cos²(D_i, D_j) over pairs of different atoms, averaged over layers: a training penalty (Appendix A)
 
-    The paper asks for "a simple regularization term" and gives none; this is the usual ‖D̂ D̂ᵀ − I‖² / (M (M − 1)),
-    with the atoms at unit norm, so that it does not pull them to zero. It is 0 for orthogonal atoms; M atoms of C < M
-    numbers stay above (M − C) / (C (M − 1)), Welch's bound.
+    The paper asks for "a simple regularization term" without a formula. This is the usual ‖D̂ D̂ᵀ − I‖² / (M (M − 1)).
+    The atoms of D̂ have unit norm, so the penalty does not shrink D. Returns a scalar tensor: 0 for orthogonal atoms,
+    and for M > C never below (M − C) / (C (M − 1)), the Welch bound.
     """
     values = []
     for adapter in sparse_adapters(model).values():
@@ -134,7 +137,7 @@ def orthogonality(model):
 
 
 def sparse_adapters(model):
-    """The attached adapters by name; UserError if there is none, or one that has no atoms."""
+    """{layer: attached adapter}; UserError if there is none, or if one is not of the sparse method."""
     layers = adapters(model)
     if not layers:
         raise UserError("no adapter is attached to this model; attach or load one first")

@@ -9,7 +9,7 @@ from torch import nn
 from .adapter import SparseAdapter, SparseAttention
 from .baselines import OFT, AdaptedLinear, DoRA, LoRA
 from .common import UserError, is_number
-from .kinds import kind_of
+from .kinds import Unpacked, kind_of
 
 WRAPPERS = (SparseAttention, AdaptedLinear)
 METHODS = {adapter.method: adapter for adapter in (SparseAdapter, LoRA, DoRA, OFT)}
@@ -20,7 +20,7 @@ def attach(model, method="sparse", target="attn1", **options):
 
         "sparse"          atoms=256, density=0.02, threshold="top_k"
                           threshold="soft" | "relu" with lam;  order="before" | "after"
-        "lora", "dora"    r=16, alpha=16, on each of to_q, to_k, to_v, to_out
+        "lora", "dora"    r=16, alpha=16, on each of the projections for q, k, v and the output
         "oft"             blocks=4, on the same four
 
     `target` is a regular expression, searched for anywhere in the name. For all but "sparse", a target that no
@@ -38,15 +38,15 @@ def attach(model, method="sparse", target="attn1", **options):
 
 def detach(model):
     """Put the very modules back that `attach` wrapped. They stay frozen."""
-    for name, wrapper in reversed(attached(model).items()):  # one inside another comes first
-        model.set_submodule(name, wrapper.base)
+    for name, module in reversed(inserted(model).items()):  # one inside another comes first
+        model.set_submodule(name, module.base)
 
 
 def adapters(model):
     """The attached adapters by the name of the module each is wrapped around: of several "name", "name#2", …"""
-    found, wrappers = {}, attached(model)
-    for name, wrapper in wrappers.items():
-        name = plain(name, wrappers)
+    found, ours = {}, inserted(model)
+    for name, wrapper in attached(model).items():
+        name = plain(name, ours)
         found |= {name: wrapper.adapter, **{f"{name}#{i}": more for i, more in enumerate(wrapper.more, 2)}}
     return found
 
@@ -69,12 +69,11 @@ def sites_of(model, method, target):
     if not matches:
         kind, names = "attention" if method == "sparse" else "attention or Linear", ", ".join(attentions(model))
         raise UserError(f"no {kind} is named like {target!r}; the model has {names or 'none'}")
-    for name, attention in matches.items():
-        if method != "sparse" and not kind_of(attention).projections:
-            raise UserError(f"{name} keeps q, k and v in one weight; {method} needs Linears, 'sparse' does not")
-    if method == "sparse":
-        return list(matches)
-    return [f"{name}.{part}" for name, attention in matches.items() for part in kind_of(attention).projections]
+    return list(matches) if method == "sparse" else projections(matches)
+
+
+def projections(attentions):
+    return [f"{name}.{part}" for name, attention in attentions.items() for part in kind_of(attention).projections]
 
 
 def wrap(model, method, sites, target):
@@ -92,7 +91,9 @@ def wrap(model, method, sites, target):
             raise UserError(f"{name} cannot be taken apart: {obstacle}")
     wrappers = {}
     for site, options in sites.items():
-        base = unwrapped(model.get_submodule(site))
+        parent, _, name = site.rpartition(".")
+        holder = unwrapped(model.get_submodule(parent))
+        base = unwrapped(getattr(Unpacked(holder) if isinstance(holder, nn.MultiheadAttention) else holder, name))
         if method == "sparse":
             adapter = SparseAdapter(*kind_of(base).sizes(base), **options)
             wrappers[site] = SparseAttention(base, adapter)
@@ -131,12 +132,16 @@ def install(model, wrappers):
         model.requires_grad_(False)
     for site, wrapper in wrappers.items():
         parent, _, name = site.rpartition(".")
-        parent = unwrapped(model.get_submodule(parent))
-        present = getattr(parent, name)
+        outer = model.get_submodule(parent)
+        holder = unwrapped(outer)
+        if isinstance(holder, nn.MultiheadAttention):
+            holder = Unpacked(holder)
+            model.set_submodule(parent if outer is holder.base else f"{parent}.base", holder)
+        present = getattr(holder, name)
         if isinstance(present, type(wrapper)):
             present.more.append(wrapper.adapter)
         else:
-            setattr(parent, name, wrapper)
+            setattr(holder, name, wrapper)
     for wrapper in attached(model).values():
         wrapper.together = groups
 
@@ -164,8 +169,8 @@ def named(model, fits, target):
         pattern = re.compile(target)
     except re.error as error:
         raise UserError(f"target={target!r} is no regular expression ({error}); fix it") from None
-    wrappers = attached(model)
-    found = {plain(name, wrappers): m for name, m in model.named_modules() if name and fits(m)}
+    ours = inserted(model)
+    found = {plain(name, ours): m for name, m in model.named_modules() if name and fits(m)}
     return {name: module for name, module in found.items() if pattern.search(name)}
 
 
@@ -173,13 +178,17 @@ def attached(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, WRAPPERS)}
 
 
+def inserted(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, (*WRAPPERS, Unpacked))}
+
+
 def unwrapped(module):
     return module.base if isinstance(module, WRAPPERS) else module
 
 
-def plain(name, wrappers):
-    """The name that a module has without adapters, from the one it has with them; `wrappers` are the `attached`."""
-    for outer in reversed(wrappers):  # a wrapper inside another comes first
+def plain(name, ours):
+    """The name that a module has without adapters, from the one it has with them; `ours` are the `inserted`."""
+    for outer in reversed(ours):  # a wrapper inside another comes first
         if f"{name}.".startswith(f"{outer}.base."):
             name = outer + name.removeprefix(f"{outer}.base")
     return name

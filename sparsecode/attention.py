@@ -1,4 +1,4 @@
-"""Multi-head attention, taken apart so that an adapter can join it, and read as a dictionary (§3.1–3.2)."""
+"""Multi-head attention in separate steps, so that an adapter can join it, and attention as a dictionary (§3.1–3.2)."""
 
 import torch.nn.functional as F
 from torch import nn
@@ -17,9 +17,9 @@ def merge_heads(x):
 class Attention(nn.Module):
     """Z = Σ_h A⁽ʰ⁾ X W_v⁽ʰ⁾ W_o⁽ʰ⁾ᵀ  with  A⁽ʰ⁾ = softmax(Q⁽ʰ⁾ K⁽ʰ⁾ᵀ / √(C/H))    (Eqs. 1–3)
 
-    Queries come from `x` (B, N, C). Keys and values come from `x` too, or, when `context_dim` is
-    given, from `context` (B, L, context_dim). `mask` (B, L) is true or 1 at real tokens; a masked
-    token contributes exactly nothing.
+    Queries come from `x` (B, N, C). Keys and values come from `context` (B, L, context_dim) if `context_dim`
+    is given, else from `x`. `mask` (B, L) is True or 1 at real tokens; masked tokens contribute exactly zero.
+    UserError if `dim` does not split evenly over the heads.
     """
 
     def __init__(self, dim, heads, context_dim=None, bias=True):
@@ -40,13 +40,13 @@ class Attention(nn.Module):
         return q, k, v
 
     def attend(self, q, k, v, mask=None, scale=None):
-        """A V for each head; `scale` multiplies Q Kᵀ and is 1/√(width of q) unless told."""
+        """A V of each head (Eq. 2). `scale` multiplies Q Kᵀ; the default is 1/√(width of q)."""
         if mask is not None:
             mask = mask.bool()[:, None, None, :]  # (B, L) -> (B, 1, 1, L)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)  # (B, H, N, width of v)
 
     def attention_map(self, q, k, mask=None):
-        """A itself, (B, H, N, L), rows summing to one: `attend` without v, for reading (Eq. 1)."""
+        """A (B, H, N, L), whose rows sum to one (Eq. 1). `attend` does not form it; this is for inspection."""
         logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, H, N, L)
         if mask is not None:
             logits = logits.masked_fill(~mask.bool()[:, None, None, :], float("-inf"))  # (B, H, N, L)
@@ -63,10 +63,10 @@ class Attention(nn.Module):
 def attention_as_dictionary(attention, x, context=None):
     """[A⁽¹⁾ … A⁽ᴴ⁾] and [X W_vo⁽¹⁾; …; X W_vo⁽ᴴ⁾], whose product is the attention's output    (Eq. 7)
 
-    For one sequence x (N, C) returns coefficients (N, H·L) and a dictionary (H·L, C) that depends on
-    the data: one atom for each head and token (L = N without context). Biases of q and k act inside
-    A. Each head's coefficients sum to one over its tokens, so the bias of v can sit in every atom of
-    its head, and the bias of the output, divided by H, in every atom.
+    One sequence x (N, C) -> coefficients (N, H·L) and dictionary (H·L, C), one atom for each head and token
+    (L = N without context). The dictionary depends on the data. The biases of q and k are part of A. The
+    coefficients of a head sum to one over its tokens, so the bias of v is added to every atom of its head,
+    and the bias of the output, divided by H, to every atom.
     """
     context = None if context is None else context[None]
     q, k, v = attention.project(x[None], context)  # (1, H, N, C/H), (1, H, L, C/H), (1, H, L, C/H)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapter import Adapter, NotAlone
+from .adapter import Adapter
 from .common import UserError, is_number, is_whole
 
 
@@ -23,21 +23,34 @@ class AdaptedLinear(nn.Module):
         self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
 
     def __getattr__(self, name):
-        """The base's attributes, for code that reads them: a weight's dtype, or all that a fused kernel would take."""
+        """The base's other attributes, for code that reads them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base":
                 raise
-        value = getattr(self.base, name)
-        return value.as_subclass(NotAlone) if isinstance(value, nn.Parameter) else value
+        return getattr(self.base, name)
+
+    @property
+    def active(self):
+        return [adapter for adapter in (self.adapter, *self.more) if adapter.scale != 0]
 
     def forward(self, x):
-        active = [adapter for adapter in (self.adapter, *self.more) if adapter.scale != 0]
-        if [adapter.scale for adapter in active] == [1]:
-            return active[0](x, self.base)  # (..., C_i) -> (..., C_o)
+        if [adapter.scale for adapter in self.active] == [1]:
+            return self.active[0](x, self.base)  # (..., C_i) -> (..., C_o)
         y = self.base(x)  # (..., C_i) -> (..., C_o)
-        return y + sum(adapter.scale * (adapter(x, self.base) - y) for adapter in active)
+        return y + sum(adapter.scale * (adapter(x, self.base) - y) for adapter in self.active)
+
+    @property
+    def weight(self):
+        """W' (C_o, C_i), with W' x + b the output: nn.MultiheadAttention takes weights, and calls no Linear."""
+        W = self.base.weight  # (C_o, C_i)
+        changes = [adapter.scale * (adapter.weight(self.base) - W.float()) for adapter in self.active]
+        return W + sum(changes).to(W.dtype) if changes else W
+
+    @property
+    def bias(self):
+        return self.base.bias
 
 
 class LoRA(Adapter):
@@ -75,6 +88,10 @@ class LoRA(Adapter):
     def forward(self, x, linear):
         return linear(x) + self.update(x, linear)  # (..., C_o)
 
+    def weight(self, linear):
+        change = self.B @ self.A.flatten(1) * (self.alpha / self.r)  # (C_o, C_i), or (C_o, C_i k k)
+        return linear.weight.float() + change.view_as(linear.weight)  # (C_o, C_i), or (C_o, C_i, k, k)
+
 
 class DoRA(LoRA):
     """y = g ⊙ (W + (α/r) B A) x + b  with  g = m / ‖W + (α/r) B A‖ for each row
@@ -91,9 +108,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def row_norms(self, linear):
-        change = self.B @ self.A.flatten(1) * (self.alpha / self.r)  # (C_o, C_i), or (C_o, C_i k k)
-        adapted = linear.weight.float().flatten(1) + change  # (C_o, C_i)
-        return adapted.norm(dim=1)  # (C_o, C_i) -> (C_o,)
+        return super().weight(linear).flatten(1).norm(dim=1)  # (C_o, C_i) -> (C_o,)
 
     def gain(self, linear):
         norm = self.while_frozen(lambda: self.row_norms(linear), linear.weight, self.A, self.B)  # (C_o,)
@@ -105,6 +120,10 @@ class DoRA(LoRA):
         g = self.gain(linear).view(shape)  # (C_o,), or (C_o, 1, 1)
         without_bias = y if linear.bias is None else y - linear.bias.view(shape)  # (..., C_o)
         return y + (g - 1).to(x.dtype) * without_bias + g.to(x.dtype) * self.update(x, linear)  # (..., C_o)
+
+    def weight(self, linear):
+        W = super().weight(linear)  # (C_o, C_i), or (C_o, C_i, k, k)
+        return self.gain(linear).view(-1, *[1] * (W.ndim - 1)) * W  # the same
 
 
 class OFT(Adapter):
@@ -141,3 +160,7 @@ class OFT(Adapter):
         rotation = self.while_frozen(self.rotation, self.P)  # (blocks, b, b)
         rotated = torch.einsum("...kb,kbc->...kc", x_blocks, rotation.to(x.dtype))  # (..., blocks, b)
         return linear(rotated.flatten(-2))  # (..., blocks, b) -> (..., C_i) -> (..., C_o)
+
+    def weight(self, linear):
+        blocks = linear.weight.float().unflatten(1, (self.blocks, -1))  # (C_o, C_i) -> (C_o, blocks, b)
+        return torch.einsum("okc,kbc->okb", blocks, self.rotation()).flatten(1)  # W Rᵀ, (C_o, C_i)

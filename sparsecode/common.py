@@ -1,4 +1,4 @@
-"""What everything that reads or writes files shares: an error for users, whole files, locked folders, checked JSON."""
+"""Shared by all code that reads or writes files: UserError, atomic writes, folder locks, checked JSON."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder go unnoticed there
+except ImportError:  # Windows: folders are not locked there
     fcntl = None
 
 
@@ -46,26 +46,26 @@ def rename(name, pairs):
 
 @contextmanager
 def replacing(path):
-    """Yield a new, empty file beside `path` to write to; rename it over `path` on success, remove it on failure.
+    """Yield an empty temporary file beside `path`; rename it to `path` on success, remove it on failure.
 
-    Its name, .PID.name, keeps the suffix, since many writers choose their format by it. Missing folders are made.
+    Its name, .PID.name, keeps the suffix, because many writers choose the format by it. Missing folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     temporary.unlink(missing_ok=True)
-    temporary.touch(exist_ok=False)  # created by us, so never through a link that somebody left there
+    temporary.touch(exist_ok=False)  # a new file: never follows a link that was there before
     mode = temporary.stat().st_mode  # what the user's umask allows
     try:
         yield temporary
-        temporary.chmod(mode)  # safetensors puts a file of its own there, which only its owner can read
+        temporary.chmod(mode)  # safetensors replaces the file by one that only its owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path, tensors, metadata):
-    """A safetensors file with a sorted header, so that its bytes depend only on what it holds."""
+    """Write a safetensors file with a sorted header, so that its bytes depend only on its content."""
     data = memoryview(save(tensors, metadata))
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(bytes(data[8:start])), sort_keys=True, separators=(",", ":")).encode()
@@ -76,7 +76,7 @@ def write_tensors(path, tensors, metadata):
 
 
 def remove_leftovers(folder):
-    """Remove the temporary files of `replacing` in a folder whose process is gone: it was killed while it wrote."""
+    """Remove temporary files of `replacing` from a folder if the process that wrote them was killed."""
     for file in Path(folder).glob(".[0-9]*.*"):
         pid = file.name.split(".")[1]
         if fcntl and pid.isdecimal() and not _alive(int(pid)):
@@ -89,15 +89,15 @@ def _alive(pid):
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # the process of another user
     return True
 
 
 @contextmanager
 def locked(folder):
-    """Keep other runs out of a folder, which is made if it is missing; UserError if another run holds it.
+    """Lock a folder against other runs; create it if it is missing. UserError if another run holds the lock.
 
-    The lock belongs to the process and is gone with it, however it ends. It leaves no file behind.
+    The lock ends with the process, even if it is killed, and leaves no file behind.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -120,20 +120,20 @@ def locked(folder):
 
 
 def is_whole(value):
-    """Whether `value` is a whole number, NumPy's too. True and False are not."""
+    """Whether `value` is a whole number (Python or NumPy). True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value):
-    """Whether `value` is a finite number, NumPy's too. True and False are not."""
+    """Whether `value` is a finite number (Python or NumPy). True and False are not."""
     try:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number of 400 digits
+    except OverflowError:  # an int too large for a float
         return False
 
 
 class Kind(NamedTuple):
-    """What a field of a JSON object may hold: `name` says it to the user, `fits` checks a value."""
+    """What a field of a JSON object may hold: `name` describes it in messages, `fits` checks a value."""
 
     name: str
     fits: Callable
@@ -156,16 +156,16 @@ def object_of(kind):
 
 
 def read_json(source, required={}, optional={}, where=None):
-    """The object in a JSON file (a Path) or text (a str, which `where` names for the user), as a dict.
+    """Read a JSON object as a dict, from a file (a Path) or from text (a str, called `where` in messages).
 
-    `required` and `optional` describe fields: {name: Kind}. An optional field may be absent or null; fields without a
-    description are kept as they are. UserError names the file and the field. NaN and infinity are not JSON.
+    `required` and `optional` are {field: Kind}. An optional field may be absent or null; other fields are kept
+    unchecked. UserError names the file and the field. NaN and infinity are not JSON.
     """
     where = where or source
     try:
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
         values = json.loads(text, parse_constant=_finite, parse_float=_finite)
-        json.dumps(values, ensure_ascii=False).encode()  # half of a character, "\ud800", is text that nobody can print
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair, "\ud800", cannot be printed
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror}); check the path") from None
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
@@ -174,7 +174,7 @@ def read_json(source, required={}, optional={}, where=None):
 
 
 def check_fields(values, required={}, optional={}, where=""):
-    """`values`, if it is a dict whose fields fit their descriptions, as in `read_json`."""
+    """Return `values` if it is a dict whose fields fit `required` and `optional`, as in `read_json`; else UserError."""
     if not isinstance(values, dict):
         raise UserError(f"{where} holds {_short(values)}; expected an object {{…}}")
     for name, kind in {**optional, **required}.items():
@@ -200,9 +200,9 @@ def _short(value):
 
 
 def checksum(*tensors, dtype=torch.float32):
-    """Eight hexadecimal digits that tell tensors apart by about 64 numbers of each, rounded to `dtype`."""
+    """Eight hexadecimal digits of a hash over about 64 numbers of each tensor, rounded to `dtype`."""
     samples = []
     for value in tensors:
-        step = max(1, value.numel() // 64) | 1  # odd, so that it does not stay in one column
+        step = max(1, value.numel() // 64) | 1  # odd, so that the samples are not all from one column
         samples.append(value.detach().flatten()[::step].to(dtype).float())
     return hashlib.sha256(torch.cat(samples).cpu().numpy().tobytes()).hexdigest()[:8]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import peft_layout
-from .attach import METHODS, attached, attentions, install, linears, loaded, trainable, wrap
+from .attach import METHODS, attached, attentions, install, linears, loaded, projections, trainable, wrap
 from .common import (
     COUNT,
     NUMBER,
@@ -26,7 +26,7 @@ from .common import (
     some,
     write_tensors,
 )
-from .kinds import kind_of
+from .kinds import Unpacked, kind_of
 
 FORMAT = "1"  # of the adapter file; raise it whenever the meaning of a file changes
 OPTIONS = {"atoms": COUNT, "density": NUMBER, "threshold": TEXT, "lam": NUMBER, "order": TEXT}
@@ -58,6 +58,8 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     if layout == "peft":
         if adapter.method == "sparse":
             raise UserError("peft has no sparse adapter; save it without layout='peft'")
+        if any(isinstance(module, Unpacked) for module in model.modules()):
+            raise UserError("peft adapts nn.MultiheadAttention in a way of its own; save it without layout='peft'")
         header = {"base": base, "weights": weights, "notes": notes, "prompt": prompt}
         tensors = _for_file(peft_layout.pack(state, peft_layout.PREFIXES[0]))
         peft_layout.write(path, adapter.method, options, tensors, header)
@@ -116,7 +118,9 @@ def load_adapter(model, path):
     with _open(file) as stored:
         keys = set(stored.keys())
         prefix = peft_layout.prefix_of(keys) if header["format"] in ("peft", "diffusers") else None
-        sites = attentions(model) if header["method"] == "sparse" else linears(model)
+        sites = attentions(model)
+        if header["method"] != "sparse":
+            sites = dict.fromkeys([*projections(sites), *linears(model)])
         names = _names_in_files(model, sites, in_peft_layout=prefix is not None)
         if prefix is None:
             named = {key.rpartition(".")[0] for key in keys}

@@ -1,8 +1,8 @@
-"""The Fourier toy: one attention restores masked signals, and its atoms are what adapts (§3.3, C.1; Fig. 2, 8, 9).
+"""The Fourier toy: one attention layer restores masked signals and adapts to a new band (§3.3, C.1; Fig. 2, 8, 9).
 
-The paper leaves open what "5 random Fourier bases" are. `five_of_five`, `five_of_ten` and `five_of_all` are three
-readings: 5 bases for good, or 5 drawn for each signal from a pool of 10 or from the whole band. Signals and atoms are
-functions of time: rows of (…, T).
+The paper does not say how its "5 random Fourier bases" are drawn. There are three readings here: `five_of_five` has 5
+fixed bases; `five_of_ten` draws 5 for each signal from a pool of 10, `five_of_all` from the whole band. Signals and
+atoms are functions of time: rows of (…, T).
 """
 
 import copy
@@ -20,26 +20,26 @@ from .thresholds import soft_threshold, top_k
 
 SIGMAS = ("top_k", "soft", "none")
 PARTS = {"all": ("W_q", "W_k", "W_s", "D"), "atoms": ("D",), "coefficients": ("W_q", "W_k", "W_s")}
-STREAMS = ("data", "model", "pretrain", "fine_tune", "test")  # what random numbers are drawn for
+STREAMS = ("data", "model", "pretrain", "fine_tune", "test")  # uses of random numbers, each with its own generator
 
 
 @dataclass(frozen=True)
 class Settings:
     length: int = 64  # T, samples of a signal
-    observed: int = 16  # samples that the mask leaves
-    low: tuple = (0, 24)  # the band of the pre-training, in periods per signal
-    high: tuple = (25, 32)  # the band of the fine-tuning
+    observed: int = 16  # samples that the mask keeps
+    low: tuple = (0, 24)  # the frequency band of pre-training, in periods per signal
+    high: tuple = (25, 32)  # the band of fine-tuning
     bases: int = 5  # in each signal
     pool: int | None = 5  # bases of a band that signals are made of; None: all of them
-    fixed_mask: bool = True  # the same samples of every signal
+    fixed_mask: bool = True  # one mask for all signals
 
     channels: int = 64  # N, tokens that a signal is lifted to
     width: int = 128  # C, of queries and keys
     atoms: int = 100  # M
     sigma: str = "top_k"  # or "soft", or "none": the dense control
-    k: int = 9  # coefficients that top-k leaves
+    k: int = 9  # coefficients that top-k keeps
     lam: float = 0.1  # λ of "soft": its threshold, and the weight of ‖S‖₁ in the loss
-    atom_std: float = 1e-3  # of D at the start; what is left of a larger one would reach the high band
+    atom_std: float = 1e-3  # standard deviation of the initial D; a larger one would leave noise in the high band
 
     steps: int = 2000
     batch: int = 64
@@ -49,24 +49,24 @@ class Settings:
 
 
 def five_of_five(**changes):
-    """One pool of 5 bases for each band, one mask: 5 unknowns, 16 samples.
+    """Settings with 5 fixed bases for each band and one mask: 5 unknowns, 16 samples. `changes` replace fields.
 
-    Signals are restored, and fine-tuning the atoms adapts. But every signal uses the whole pool, so
-    nothing makes an atom choose one basis of it.
+    The layer restores the signals, and fine-tuning the atoms adapts it to the high band. But every signal uses all 5
+    bases, so nothing makes an atom become a single basis.
     """
     return Settings(**changes)
 
 
 def five_of_ten(**changes):
-    """One pool of 10 bases for each band, of which each signal has 5; one mask: 10 unknowns, 16 samples.
+    """Settings with a pool of 10 bases for each band, 5 of them in each signal, and one mask: 10 unknowns, 16 samples.
 
-    Few enough to be restored, and sparse enough for atoms to become single bases.
+    The layer can restore the signals, and they are sparse enough for atoms to become single bases.
     """
     return Settings(**{"pool": 10, "sigma": "soft", **changes})
 
 
 def five_of_all(**changes):
-    """5 bases drawn for each signal from the whole band, and a mask of its own: 49 unknowns, 16 samples.
+    """Settings with 5 bases of the whole band and a separate mask for each signal: 49 unknowns, 16 samples.
 
     Atoms become single bases, but one layer cannot restore these signals.
     """
@@ -74,7 +74,7 @@ def five_of_all(**changes):
 
 
 def seeded(settings, stream):
-    """A generator for one of STREAMS: no two purposes, and no two seeds, share random numbers."""
+    """A generator for one of STREAMS. Other streams and other seeds give other random numbers."""
     return torch.Generator().manual_seed(len(STREAMS) * settings.seed + STREAMS.index(stream))
 
 
@@ -85,7 +85,7 @@ def fourier_bases(low, high, length=64):
     """The real Fourier bases with f = low … high periods: orthonormal rows (P, T), by frequency.
 
     cos(2πft/T) and sin(2πft/T) are two bases, and a wave of another phase is a mixture of them. f = 0
-    and f = T/2 have no sine.
+    and f = T/2 have no sine. UserError unless 0 <= low <= high <= T/2.
     """
     if not 0 <= low <= high <= length / 2:
         raise UserError(f"there is no band {low} to {high} in {length} samples; stay within 0 and {length // 2}")
@@ -99,7 +99,7 @@ def fourier_bases(low, high, length=64):
 
 
 class Signals:
-    """Signals of one band, of mean power 1: random mixtures of 5 bases, with all but 16 samples set to 0."""
+    """Random mixtures of 5 bases of one band, with mean power 1, and a mask that sets all but 16 samples to 0."""
 
     def __init__(self, settings, band):
         self.settings = settings
@@ -108,12 +108,14 @@ class Signals:
         bases = fourier_bases(*band, settings.length)  # (all, T)
         pool = len(bases) if settings.pool is None else settings.pool  # P
         if not settings.bases <= pool <= len(bases):
-            raise UserError(f"{settings.bases} bases of a pool of {pool} out of {len(bases)}: choose the pool between")
+            raise UserError(
+                f"pool={pool}: choose a number from {settings.bases} (bases of a signal) to {len(bases)} (of the band)"
+            )
         chosen = torch.randperm(len(bases), generator=generator)[:pool].sort().values  # (P,)
         self.bases = bases[chosen]  # (P, T)
 
     def draw(self, n, generator):
-        """n signals and what the mask leaves of them, (n, T) each"""
+        """n signals and their masked versions, (n, T) each"""
         s = self.settings
         which = torch.rand(n, len(self.bases), generator=generator).topk(s.bases).indices  # (n, P) -> (n, bases)
         amplitude = torch.randn(n, s.bases, generator=generator) * (s.length / s.bases) ** 0.5  # (n, bases)
@@ -122,7 +124,7 @@ class Signals:
         return signals, signals * (self.mask if s.fixed_mask else random_masks(n, s, generator))  # (n, T), (n, T)
 
     def test_set(self, n=500):
-        """n signals that no training saw, and what the mask leaves of them, (n, T) each"""
+        """n signals that training never sees, and their masked versions, (n, T) each"""
         return self.draw(n, seeded(self.settings, "test"))
 
 
@@ -140,8 +142,8 @@ class FourierAttention(nn.Module):
 
     The masked signal x (T,) is lifted to N tokens X = p xᵀ (N, T) by a frozen random p (N,). So every
     query and key is a multiple of one vector, Q Kᵀ = (xᵀW_q · xᵀW_k) p pᵀ, and A X = (A p) xᵀ has rank
-    one too: token n holds the signal times a gain (A p)_n. `forward` uses this, and `forward_naive` is the
-    formula as it stands.
+    one too: token n holds the signal times a gain (A p)_n. `forward` uses this; `forward_naive` computes
+    the formula directly.
     """
 
     def __init__(self, settings):
@@ -166,13 +168,13 @@ class FourierAttention(nn.Module):
         return top_k(z, self.settings.k) if self.settings.sigma == "top_k" else z  # (..., M)
 
     def gains(self, x):
-        """A p: what attention makes of a signal for each token"""
+        """A p, the gain of each token: x (B, T) -> (B, N)"""
         sharpness = ((x @ self.W_q) * (x @ self.W_k)).sum(1) / self.settings.width**0.5  # (B, T) -> (B,)
         attention = (sharpness[:, None, None] * torch.outer(self.p, self.p)).softmax(-1)  # (B, N, N)
         return attention @ self.p  # (B, N, N) x (N,) -> (B, N)
 
     def coefficients(self, x):
-        """Σ over tokens of S / √N: how much of each atom the output has"""
+        """Σ over tokens of S / √N, the weight of each atom in the output: x (B, T) -> (B, M)"""
         gains, z = self.gains(x), x @ self.W_s  # (B, N), (B, T) -> (B, M)
         if self.settings.sigma == "soft":
             s = self.sigma(gains[:, :, None] * z[:, None, :]).sum(1)  # (B, N, M) -> (B, M)
@@ -207,7 +209,7 @@ def fine_tune(model, part):
 
 @contextmanager
 def one_thread():
-    """So small a layer trains on one core: the same results on every machine, and no wait for a core that is busy."""
+    """Use one core: enough for a small layer, the same results on every machine, and no waiting for a busy core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -218,7 +220,7 @@ def one_thread():
 
 @one_thread()
 def train(model, signals, part, stream):
-    """Least squares on fresh signals in every step, and λ‖S‖₁ with "soft" (Eq. 5). Returns the model."""
+    """Least squares on new signals in each step, plus λ‖S‖₁ for "soft" (Eq. 5). Trains in place; returns the model."""
     if part not in PARTS:
         raise UserError(f"part={part!r} is unknown; choose one of {', '.join(PARTS)}")
     s, generator = model.settings, seeded(model.settings, stream)
@@ -244,34 +246,34 @@ def train(model, signals, part, stream):
 
 
 def nmse(estimates, signals):
-    """Σ‖x̂ − x‖² / Σ‖x‖²: 0 is perfect, 1 is what silence gets."""
+    """Σ‖x̂ − x‖² / Σ‖x‖²: 0 is perfect, 1 is the error of all zeros."""
     return ((estimates - signals).square().sum() / signals.square().sum()).item()
 
 
 def partial_sums(codes, dictionary):
-    """Outputs of the n largest contributions s_m D_m alone, n = 1 … M: (N, M, T)."""
+    """Sums of the n largest contributions s_m D_m, n = 1 … M: codes (N, M), dictionary (M, T) -> (N, M, T)."""
     order = (codes.abs() * dictionary.norm(dim=1)).argsort(dim=1, descending=True)  # (N, M)
     return (codes.gather(1, order)[:, :, None] * dictionary[order]).cumsum(1)  # (N, M, T)
 
 
 def atoms_needed(codes, dictionary, share=0.99):
-    """For each signal (N,) the fewest of its largest contributions that make up `share` of Σ‖s_m D_m‖²."""
+    """How many of its largest contributions each signal (N,) needs to reach `share` of Σ‖s_m D_m‖²."""
     energy = (codes * dictionary.norm(dim=1)).square().sort(dim=1, descending=True).values  # (N, M)
     return (energy.cumsum(1) < share * energy.sum(1, keepdim=True)).sum(1) + 1  # (N,)
 
 
 def importance(codes, dictionary):
-    """mean |s_m| · ‖D_m‖ for each atom (M,), as `sparsecode.importance` has it"""
+    """mean |s_m| · ‖D_m‖ for each atom (M,), as in `sparsecode.importance`"""
     return codes.abs().mean(0) * dictionary.norm(dim=1)  # (M,)
 
 
 def spectra(dictionary):
-    """What share of each atom's energy has 0, 1, … T/2 periods: (M, T/2 + 1), rows summing to one."""
+    """The share of each atom's energy at 0, 1, … T/2 periods: (M, T/2 + 1), rows sum to one."""
     energy = torch.fft.rfft(dictionary).abs().square()  # (M, T) -> (M, T/2 + 1)
     energy[:, 1 : (dictionary.shape[1] + 1) // 2] *= 2  # these stand for the negative frequencies too
     return energy / energy.sum(1, keepdim=True)  # (M, T/2 + 1)
 
 
 def cosine_with_bases(dictionary, bases):
-    """|cos| of each atom (M,) with the basis nearest to it. Sine and cosine are two bases: phase counts."""
+    """|cos| of each atom with its nearest basis, (M,). Sine and cosine are two bases, so the phase matters."""
     return (F.normalize(dictionary, dim=1) @ F.normalize(bases, dim=1).T).abs().max(1).values  # (M, P) -> (M,)

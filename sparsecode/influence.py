@@ -24,10 +24,10 @@ def polynomial(c, x):
 
 
 def expansion(c, x, s, D):
-    """B_K(d_m) = Σ_{k=1..K} c_k Σ_{j=1..k} C(k, j) x^{k−j} (s_m d_m)^j, by its degree j in d_m    (Eq. 18)
+    """B_K(d_m) = Σ_{k=1..K} c_k Σ_{j=1..k} C(k, j) x^{k−j} (s_m d_m)^j, split by the degree j in d_m    (Eq. 18)
 
-    Returns (K, N, M, C); the sum over the K degrees is B_K. That is f(x + s_m d_m) − f(x): what the atom does alone.
-    Degree 1 is the first-order prediction f'(x) s_m d_m.
+    Returns the K terms, (K, N, M, C). Their sum is B_K = f(x + s_m d_m) − f(x), the effect of atom m alone. The term
+    j = 1 is the first-order prediction f'(x) s_m d_m.
     """
     moved = s[:, :, None] * D  # (N, M, 1) x (M, C) -> (N, M, C)
     terms = []
@@ -38,7 +38,7 @@ def expansion(c, x, s, D):
 
 
 def compose(outer, inner):
-    """The c of outer(inner(x)): as many numbers as the product of both degrees, not the sum    (Eqs. 13, 19)"""
+    """The c (K·K',) of outer(inner(x)) for c (K,) and (K',): degrees multiply, they do not add    (Eqs. 13, 19)"""
     f, g = Polynomial([0, *outer.tolist()]), Polynomial([0, *inner.tolist()])
     return torch.from_numpy(f(g).coef[1:]).to(outer)  # (K·K',)
 
@@ -47,25 +47,25 @@ def compose(outer, inner):
 
 
 def scale_atoms(model, atoms, factor):
-    """A context in which the coefficients S_m of some atoms are multiplied by `factor`: 0 takes the atoms away.
+    """Within this context, the coefficients S_m of some atoms are multiplied by `factor`; 0 removes the atoms.
 
-    `atoms` says which: {name of the layer: indices}.
+    `atoms` is {layer: [m, …]}. UserError for a layer or an index that does not exist.
     """
     return _scaled(model, _masks(model, atoms), factor)
 
 
 def only_atoms(model, atoms):
-    """A context in which all other atoms are taken away."""
+    """Within this context, all atoms except `atoms`, {layer: [m, …]}, are removed."""
     return _scaled(model, {name: ~mask for name, mask in _masks(model, atoms).items()}, 0.0)
 
 
 def _masks(model, atoms):
-    """{name: which of its atoms are meant, (M,)} for every layer"""
+    """{layer: bool (M,), True at the given atoms} for every layer"""
     layers = sparse_adapters(model)
     masks = {name: torch.zeros_like(adapter.keep) for name, adapter in layers.items()}
     for name, indices in atoms.items():
         if name not in layers:
-            raise UserError(f"there are no atoms at {name!r}; there are at {', '.join(layers)}")
+            raise UserError(f"no layer {name!r} has atoms; choose from {', '.join(layers)}")
         for m in indices:
             if not 0 <= m < len(masks[name]):
                 raise UserError(f"{name} has no atom {m}; it has 0 to {len(masks[name]) - 1}")
@@ -93,10 +93,10 @@ def _scaled(model, masks, factor):
 
 @torch.no_grad()
 def effect(model, forward, atoms):
-    """forward() with some atoms minus forward() without them; all other atoms stay as they are.
+    """forward() with some atoms minus forward() without them; the other atoms do not change.
 
-    `forward` takes nothing, runs the model and returns a tensor. Inside only_atoms(model, atoms) this is what Eq. 11
-    calls B(d_m), for the model as it is.
+    `forward` takes no arguments, runs the model and returns a tensor. Inside only_atoms(model, atoms) the result is
+    B(d_m) of Eq. 11, for the real model.
     """
     present = forward()
     with scale_atoms(model, atoms, 0.0):
@@ -105,14 +105,14 @@ def effect(model, forward, atoms):
 
 @torch.no_grad()
 def first_order(model, forward, atoms):
-    """What `effect` would be if all that follows were linear: d/dε forward() with the atoms scaled by ε, at ε = 0.
+    """What `effect` would be if all later layers were linear: d/dε forward() with the atoms scaled by ε, at ε = 0.
 
-    The term j = 1 of Eq. 18, for the model as it is. Forward-mode differentiation: torch.no_grad inside `forward` does
-    not disturb it.
+    This is the term j = 1 of Eq. 18, for the real model. It uses forward-mode differentiation, which torch.no_grad()
+    inside `forward` does not turn off.
     """
 
     def along(epsilon):
-        with scale_atoms(model, atoms, epsilon), sdpa_kernel(SDPBackend.MATH):  # fused kernels know no forward mode
+        with scale_atoms(model, atoms, epsilon), sdpa_kernel(SDPBackend.MATH):  # fused kernels have no forward mode
             return forward()
 
     zero = torch.zeros((), device=next(model.parameters()).device)
@@ -123,9 +123,9 @@ def first_order(model, forward, atoms):
 
 @torch.no_grad()
 def linearity_error(model, forward, atoms, scale=1.0):
-    """‖effect − first order‖ / ‖effect‖ of some atoms times `scale`, for each row of forward(), (B,)
+    """‖effect − first order‖ / ‖effect‖ of some atoms scaled by `scale`, for each row of forward(), (B,)
 
-    Where what follows is smooth, it shrinks with `scale`. nan for a row to which the atoms do nothing.
+    If the later layers are smooth, it shrinks with `scale`. It is nan for a row that the atoms do not change.
     """
     with scale_atoms(model, atoms, 0.0):
         without = forward()  # (B, …)
@@ -136,9 +136,9 @@ def linearity_error(model, forward, atoms, scale=1.0):
 
 @torch.no_grad()
 def additivity_error(model, forward, atoms):
-    """‖effect of all − Σ_m effect of m alone‖ / ‖effect of all‖ for each row of forward(), (B,): 0 says Eq. 11
+    """‖effect of all − Σ_m effect of m alone‖ / ‖effect of all‖ for each row of forward(), (B,): 0 if Eq. 11 holds
 
-    "Alone" is beside the base model; atoms other than these are left out throughout.
+    "Alone" means added to the base model. Atoms other than these are removed throughout.
     """
     with only_atoms(model, {}):
         base = forward()  # (B, …)

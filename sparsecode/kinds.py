@@ -67,17 +67,70 @@ class Ours:
         return Parts(q, k, v, tokens, mask, q.shape[-1] ** -0.5, attention.output, torch.add)
 
 
+class Rows(nn.Module):
+    """The q, k or v projection of an nn.MultiheadAttention as a Linear; its weight and bias stay where they are."""
+
+    def __init__(self, attention, part):
+        super().__init__()
+        self.attention, self.part = attention, part
+        self.out_features, self.in_features = self.weight.shape
+
+    @property
+    def weight(self):
+        packed, name = self.attention.in_proj_weight, f"{'qkv'[self.part]}_proj_weight"
+        return getattr(self.attention, name) if packed is None else packed.chunk(3)[self.part]  # (3 C, C) -> (C, C)
+
+    @property
+    def bias(self):
+        packed = self.attention.in_proj_bias
+        return None if packed is None else packed.chunk(3)[self.part]  # (3 C,) -> (C,)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Unpacked(nn.Module):
+    """An nn.MultiheadAttention whose four projections are modules, so that adapters can be put on them.
+
+    PyTorch's own code then runs with the weights that these modules have, and its fast paths read them here.
+    """
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.q_proj, self.k_proj, self.v_proj = (Rows(base, part) for part in range(3))
+        self.out_proj = base.out_proj
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+        value = getattr(self.base, name)
+        return self.weights().get(name, value) if name.endswith("_proj_weight") else value
+
+    def weights(self):
+        found = {f"{name}_weight": getattr(self, name).weight for name in Torch.projections[:3]}
+        return found if self.base.in_proj_weight is None else {"in_proj_weight": torch.cat(list(found.values()))}
+
+    def forward(self, *args, **kwargs):
+        weights = {**self.weights(), "out_proj.weight": self.out_proj.weight}
+        return torch.func.functional_call(self.base, weights, args, kwargs)
+
+
 class Torch:
     """Returns (output, attention map or None). Tokens come first unless `batch_first`; a batch is optional."""
 
-    projections = ()  # q, k and v share one weight
+    projections = ("q_proj", "k_proj", "v_proj", "out_proj")  # of an `Unpacked` one
 
     @staticmethod
     def fits(module):
-        return isinstance(module, nn.MultiheadAttention)
+        return isinstance(module, (nn.MultiheadAttention, Unpacked))
 
     @staticmethod
     def obstacle(attention):
+        attention = attention.base if isinstance(attention, Unpacked) else attention
         if type(attention).forward is not nn.MultiheadAttention.forward:
             return f"{type(attention).__name__} computes in a way of its own"
         if attention.bias_k is not None or attention.add_zero_attn:

@@ -1,11 +1,11 @@
 """Sparse coding: min_S ‖X − S D‖² + λ‖S‖₁ (Eq. 5) by proximal gradient steps S ← σ_{λ/L}(S − ∇/L) (Eq. 6).
 
-X (N, C) are N signals, D (M, C) is a dictionary with atoms as rows, S (N, M) are the codes. Each signal is a problem of
-its own. There is no ½ before the square: λ is twice the alpha of scikit-learn's `sparse_encode(X, D, alpha=λ/2)`, and
-2C times the alpha of its `Lasso`, which also divides the square by C.
+X (N, C) are N signals, D (M, C) is a dictionary with atoms as rows, S (N, M) are the codes. Each signal is a separate
+problem. There is no ½ before the square, so λ corresponds to alpha = λ/2 in scikit-learn's `sparse_encode(X, D)`, and
+to alpha = λ/(2C) in its `Lasso`, which also divides the square by C.
 
-Here each method is one step; `lasso_solver.py` repeats it until each signal's optimality gap is at most `tol`, and
-makes it fast. A step sees the signals that are not done, n of N.
+This file defines one step of each method. `lasso_solver.py` repeats it, fast, until the optimality gap of each signal
+is at most `tol`. A step gets only the n of N signals that have not converged.
 """
 
 import torch
@@ -16,7 +16,7 @@ from .thresholds import soft_threshold
 
 
 def lasso_objective(signals, codes, dictionary, lam):
-    """‖X − S D‖² + λ‖S‖₁, summed over signals    (Eq. 5)"""
+    """‖X − S D‖² + λ‖S‖₁, summed over signals: a scalar tensor    (Eq. 5)"""
     return (signals - codes @ dictionary).square().sum() + lam * codes.abs().sum()
 
 
@@ -27,10 +27,11 @@ def proximal_step(codes, signals, dictionary, lam, L):
 
 
 def ista(signals, dictionary, lam, *, max_iter=1000, tol=1e-6, callback=None):
-    """The codes (N, M) that minimise Eq. 5, by S ← σ_{λ/L}(S − ∇/L) with L = 2‖D Dᵀ‖₂
+    """Signals (N, C), dictionary (M, C) -> codes (N, M) that minimise Eq. 5, by S ← σ_{λ/L}(S − ∇/L) with L = 2‖D Dᵀ‖₂
 
-    The objective never rises, and is O(1/k) above its minimum after k steps. A run that `max_iter` ends warns with the
-    gap. `callback(k, codes)` is called after each step. Half precision is computed in float32.
+    The objective never rises, and is O(1/k) above its minimum after k steps. If `max_iter` steps do not reach `tol`, a
+    warning states the gap. `callback(k, codes)` is called after each step. Half precision is computed in float32.
+    UserError for values that are not finite, or shapes, dtypes or devices that do not match.
     """
 
     def start(s):
@@ -43,15 +44,15 @@ def ista(signals, dictionary, lam, *, max_iter=1000, tol=1e-6, callback=None):
 
 
 def fista(signals, dictionary, lam, *, max_iter=1000, tol=1e-6, restart=True, greedy=GREEDY, callback=None):
-    """As `ista`, with every step taken from a point Y ahead (Beck & Teboulle, 2009): O(1/k²) above the minimum
+    """Like `ista`, but each step starts from an extrapolated point Y (Beck & Teboulle, 2009): O(1/k²) above the minimum
 
         S_k = σ_{λ/L}(Y_k − ∇(Y_k)/L)
         t_{k+1} = (1 + √(1 + 4 t_k²)) / 2
         Y_{k+1} = S_k + (t_k − 1)/t_{k+1} (S_k − S_{k−1})
 
-    With `restart`, a signal whose step turns against its momentum starts again from t = 1 (O'Donoghue & Candès, 2015).
-    The first `greedy` steps move one coefficient of each signal, the one that gains most: enough, or nearly, where few
-    are not zero. `greedy=0, restart=False` is the method as published.
+    With `restart`, a signal whose step points against its momentum restarts at t = 1 (O'Donoghue & Candès, 2015).
+    The first `greedy` steps are greedy coordinate descent: each signal changes only its coefficient with the largest
+    update. For very sparse codes this is almost enough. `greedy=0, restart=False` is the published method.
     """
 
     def start(s):
@@ -73,8 +74,8 @@ def fista(signals, dictionary, lam, *, max_iter=1000, tol=1e-6, restart=True, gr
 def optimality_gap(signals, codes, dictionary, lam):
     """L max|S − σ_{λ/L}(S − ∇/L)| / max|2 X Dᵀ| of the worst signal: 0 at the minimum of Eq. 5, near 1 for zeros
 
-    It is what one more step of ISTA would change, in units of the gradient and relative to the largest gradient at
-    zero. Hence it means the same whatever the units of X and D.
+    The numerator is L times the change that one more step of ISTA would make. The denominator is the largest gradient
+    at S = 0. So the ratio does not depend on the units of X and D. UserError if the codes do not fit.
     """
     x, d, lam, unit = checked(signals, dictionary, lam)
     s = finite_matrix("codes", codes).to(x.dtype) / unit  # (N, M)

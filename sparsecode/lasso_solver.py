@@ -1,7 +1,7 @@
-"""What makes ISTA and FISTA fast: signals that are done drop out, blocks fit the cache, FISTA starts greedily.
+"""What makes ISTA and FISTA fast: converged signals drop out, blocks fit the cache, FISTA starts greedily.
 
-A signal is done when its optimality gap (see `lasso.optimality_gap`) is at most `tol`. Rounding sets a floor under the
-gap (near 1e-6 in float32); a signal that has come down to its floor is done as well, however small `tol` is.
+A signal has converged when its optimality gap (see `lasso.optimality_gap`) is at most `tol`, or at most the smallest
+gap that rounding allows (near 1e-6 in float32).
 """
 
 import itertools
@@ -14,21 +14,21 @@ import torch
 from .common import UserError, is_whole
 from .thresholds import soft_threshold
 
-CHECK = 10  # steps between two looks at the gap
+CHECK = 10  # steps between two checks of the gap
 GREEDY = 30  # steps of FISTA's greedy start
-WIDEST = 8192  # atoms: the greedy start keeps an (M, M) matrix in memory, so a wider dictionary goes without it
-BLOCK = 2**17  # coefficients solved for at a time: they stay in the cache of a CPU core (a GPU takes more)
+WIDEST = 8192  # atoms; a larger dictionary skips the greedy start, which keeps an (M, M) matrix in memory
+BLOCK = 2**17  # coefficients solved for at a time, so that they fit the cache of a CPU core (a GPU gets more)
 
 
 def solve(signals, dictionary, lam, start, step, greedy, max_iter, tol, callback):
-    """The codes (N, M) where `step` ends: block by block, unless a callback wants to see all codes after every step."""
+    """Repeat `step` block by block; return the codes (N, M). With a callback, all signals are one block."""
     if not is_whole(max_iter) or max_iter < 1 or not tol >= 0:
         raise UserError(f"max_iter={max_iter}, tol={tol}: give at least one step and a tol of 0 or more")
     if not is_whole(greedy) or greedy < 0:
         raise UserError(f"greedy={greedy}: give a whole number of steps, 0 for none")
     x, d, lam, unit = checked(signals, dictionary, lam)
     codes = x.new_zeros(len(x), len(d))  # (N, M)
-    if not codes.numel() or not x.numel():  # signals of no dimensions: any code costs, and none explains
+    if not codes.numel() or not x.numel():  # nothing to solve; with C = 0 the best codes are 0
         return codes.to(signals.dtype)
     limit = BLOCK if x.device.type == "cpu" else 128 * BLOCK
     size = len(x) if callback else max(1, limit // len(d))  # signals in a block
@@ -47,10 +47,10 @@ def solve(signals, dictionary, lam, start, step, greedy, max_iter, tol, callback
 
 
 def _run(problem, signals, codes, start, step, greedy, max_iter, tol, callback):
-    """Fill `codes` (n, M), which arrive as zeros; return the gaps of the signals that are not done.
+    """Fill `codes` (n, M), zeros at first; return the gaps of the signals that did not converge.
 
-    Signals that are done drop out of the arrays; `rows` says which are left. All that `start` and `step` return has
-    one row for each signal, and the codes first.
+    Converged signals drop out of the arrays; `rows` holds the indices of the rest. `start` and `step` return a tuple:
+    the codes first, then other tensors, with one row for each signal.
     """
     first, products = 0, signals @ problem.dictionary.T  # (n, M)
     if greedy and len(problem.norms) <= WIDEST:
@@ -73,12 +73,13 @@ def _run(problem, signals, codes, start, step, greedy, max_iter, tol, callback):
 
 
 def _greedy(problem, products, codes, steps, tol, callback):
-    """Fill `codes` by coordinate descent in which each signal moves the coefficient that gains most; return the steps.
+    """Fill `codes` by greedy coordinate descent; return the number of steps.
 
-    For unit atoms s_m = σ_{λ/2}(z_m) is best while the others rest, z = (X − S D) Dᵀ + S. Moving s_m by δ takes
-    δ (D Dᵀ)_m, without its diagonal, off z. It is matching pursuit with a threshold, for all signals at once.
+    In each step, each signal changes its coefficient with the largest update. With unit-norm atoms and the other
+    coefficients fixed, the best s_m is σ_{λ/2}(z_m), where z = (X − S D) Dᵀ + S. A change of s_m by δ subtracts
+    δ (D Dᵀ)_m, without its diagonal, from z. This is matching pursuit with a threshold, for all signals at once.
     """
-    norms = problem.norms.clamp(min=problem.tiny)  # (M,): for atoms of unit norm codes are S · norms
+    norms = problem.norms.clamp(min=problem.tiny)  # (M,); with unit-norm atoms the codes are S · norms
     z, threshold = products / norms, problem.lam / (2 * norms)  # (n, M), (M,)
     rows, s, enough = torch.arange(len(z), device=z.device), torch.zeros_like(z), tol * z.abs().amax(dim=1)
     for k in range(1, steps + 1):
@@ -100,7 +101,7 @@ def _greedy(problem, products, codes, steps, tol, callback):
 
 
 class _Lasso:
-    """Eq. 5 for one dictionary, with what every step needs computed once."""
+    """Eq. 5 for one dictionary. What every step needs is computed once."""
 
     def __init__(self, dictionary, lam):
         (atoms, width), self.tiny = dictionary.shape, torch.finfo(dictionary.dtype).tiny  # M, C
@@ -111,12 +112,12 @@ class _Lasso:
 
     @cached_property
     def coupling(self):
-        """D Dᵀ of the atoms at unit norm, without its diagonal (M, M)."""
+        """D Dᵀ (M, M) of the normalised atoms, with a zero diagonal."""
         atoms = self.dictionary / self.norms.clamp(min=self.tiny)[:, None]  # (M, C)
         return (atoms @ atoms.T).fill_diagonal_(0)
 
     def prepare(self, signals, products):
-        """What steps and gaps need of the signals: X or X Dᵀ, max|2 X Dᵀ|, ‖X‖."""
+        """What `step` and `gaps` need: X (n, C) or X Dᵀ (n, M); max|2 X Dᵀ| and ‖X‖ of each signal, (n,)."""
         data = signals if self.gram is None else products  # (n, C) or (n, M)
         return data, 2 * products.abs().amax(dim=1), signals.norm(dim=1)
 
@@ -129,24 +130,25 @@ class _Lasso:
         return soft_threshold(codes - half * (2 / self.lipschitz), self.lam / self.lipschitz)  # (n, M)
 
     def gaps(self, codes, data, largest, length):
-        """The gap of each signal (n,), and the floor that rounding puts under it (n,)."""
+        """The gap of each signal (n,), and the smallest gap that rounding allows (n,)."""
         residual = self.lipschitz * (codes - self.step(codes, data)).abs().amax(dim=1)  # (n,)
-        terms = length + codes.abs() @ self.norms  # (n,): ‖x‖ + Σ |s_m| ‖d_m‖, what the gradient is the difference of
+        terms = length + codes.abs() @ self.norms  # (n,): ‖x‖ + Σ |s_m| ‖d_m‖, the size of the terms in the gradient
         rounding = 2 * torch.finfo(codes.dtype).eps * terms * self.norms.max()  # (n,)
         return torch.where(residual > 0, residual / largest, 0.0), rounding / largest
 
 
 def lipschitz(dictionary):
-    """L = 2‖D Dᵀ‖₂; 1 for a dictionary of zeros, where any step does."""
+    """L = 2‖D Dᵀ‖₂, the Lipschitz constant of the gradient; 1 for a dictionary of zeros, where any step size works."""
     atoms, width = dictionary.shape  # M, C
     small = dictionary @ dictionary.T if atoms < width else dictionary.T @ dictionary  # both have the same norm
     return 2 * torch.linalg.eigvalsh(small)[-1].item() if dictionary.any() else 1.0
 
 
 def checked(signals, dictionary, lam):
-    """Signals and dictionary in float32 at least, λ, and the unit of the codes; or one line on what is wrong.
+    """Rescaled signals, dictionary (float32 or float64) and λ, and the unit of the codes; UserError if they do not fit.
 
-    Both come near 1 in size, so that no square leaves the range of the dtype. Powers of two round nothing.
+    The largest entries are scaled to between 1 and 2, so that squares cannot overflow. The scales are powers of two,
+    which add no rounding error.
     """
     x, d = finite_matrix("signals", signals), finite_matrix("dictionary", dictionary)
     if signals.shape[1] != dictionary.shape[1]:
@@ -161,15 +163,15 @@ def checked(signals, dictionary, lam):
 
 
 def unit_of(value):
-    """The power of two that brings the largest number of a matrix to between 1 and 2."""
+    """The power of two by which to divide a matrix, so that its largest |entry| is between 1 and 2."""
     return 2.0 ** (math.frexp(value.abs().max().item())[1] - 1) if value.any() else 1.0
 
 
 def finite_matrix(name, value):
-    """A matrix of finite numbers, in float32 at least, or one line on what is wrong."""
+    """`value` in float32 or float64, detached; UserError unless it is a matrix of finite floating point numbers."""
     if not torch.is_tensor(value) or not value.is_floating_point() or value.dim() != 2:
         what = f"{value.dtype} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
         raise UserError(f"{name}: {what} given; give a 2-dimensional tensor of floating point numbers")
     if not value.isfinite().all():
-        raise UserError(f"{name}: there are NaN or infinite values among them")
+        raise UserError(f"{name}: there are NaN or infinite values; remove them")
     return value.detach().to(torch.promote_types(value.dtype, torch.float32))

@@ -18,13 +18,13 @@ from .attention import Attention
 from .common import UserError, replacing
 from .fourier import one_thread
 
-HELD_OUT = 5  # every fifth digit that ships is held out: no training sees it
+HELD_OUT = 5  # every fifth digit is held out from training
 NOISE = 0.5  # standard deviation of the noise on the input of the encoder
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Appendix B; `feedforward` is not in the paper."""
+    """The sizes of Appendix B, except `feedforward`, which the paper does not give."""
 
     side: int = 28
     patch: int = 7
@@ -53,7 +53,7 @@ class Digits:
 
 
 def load_digits(file):
-    """The digits of an .npz file in two parts: those to train on, and every fifth, held out."""
+    """The Digits of an .npz file in two parts: for training, and every fifth, held out. UserError if it is missing."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             digits = _digits(torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"]))
@@ -130,7 +130,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, latent) -> logits of the pixels (B, H, W). `from_latent` has a bias, and so a position, per token."""
+    """Latents (B, latent) -> logits of the pixels (B, H, W). The bias of `from_latent` is the position of a token."""
 
     def __init__(self, config):
         super().__init__()
@@ -154,14 +154,14 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def forward(self, images, generator=None):
-        """Logits of the pixels from a sampled latent, and the mean and log-variance that it was sampled from"""
+        """Logits of the pixels for a sampled latent, and the mean and log-variance of its distribution"""
         mean, log_variance = self.encoder(images)  # (B, latent) each
         z = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=generator)  # (B, latent)
         return self.decoder(z), mean, log_variance  # (B, H, W), (B, latent), (B, latent)
 
 
 class Classifier(nn.Module):
-    """Pictures (B, 28, 28) in [0, 1] -> logits of the ten digits (B, 10): it says what a decoded picture shows."""
+    """Pictures (B, 28, 28) in [0, 1] -> logits of the ten digits (B, 10). It reads what a decoded picture shows."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +195,7 @@ def add_noise(images, generator):
 
 
 def pretrain(images, *, seed=0, epochs=20):
-    """A VAE that learns to give clean pictures back from noisy ones."""
+    """Train a VAE to reconstruct clean images (n, 28, 28) from noisy ones."""
     torch.manual_seed(seed)
     model = VAE()
 
@@ -219,11 +219,11 @@ def train_classifier(images, labels, *, seed=0, epochs=10):
 
 
 def train_adapter(model, images, *, density, order="after", std=0.02, target=r"decoder\.", seed=0, steps=800):
-    """Put 100 atoms beside each attention of the decoder, and learn them on noisy `images` of the new digit.
+    """Attach 100 atoms to each attention of the decoder, and train them on noisy `images` (n, 28, 28) of the new digit.
 
-    With order="after", σ(A X W_s) D of Eq. 8, no token is made of more than k atoms. `std` is that of D at the start;
-    `attach` leaves D at zero. All else is frozen, the encoder too. So the divergence is a constant, and is left out.
-    Returns the losses.
+    With order="after", σ(A X W_s) D of Eq. 8, each token uses at most k atoms. `std` is the standard deviation of the
+    initial D, which `attach` sets to zero. The rest is frozen, including the encoder, so the divergence is constant and
+    left out. Returns the loss of each step.
     """
     torch.manual_seed(seed)
     for adapter in attach(model, "sparse", target=target, atoms=100, density=density, order=order):
@@ -238,7 +238,7 @@ def train_adapter(model, images, *, density, order="after", std=0.02, target=r"d
 
 @one_thread()
 def fit(name, model, loss, n_images, steps, *, batch, seed, lr=1e-3):
-    """Adam on loss(chosen, generator); each epoch goes through all pictures in a new order. Returns the losses."""
+    """Minimise loss(chosen, generator) with Adam; each epoch visits all pictures in a new order. Returns the losses."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     left, losses = [], []
@@ -256,7 +256,7 @@ def fit(name, model, loss, n_images, steps, *, batch, seed, lr=1e-3):
 
 
 def save_models(folder, *models):
-    """Each model into a file named after its class, in float16."""
+    """Save each model in float16, in a file named after its class."""
     for model in models:
         tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
         with replacing(_file(folder, model)) as temporary:
@@ -264,7 +264,7 @@ def save_models(folder, *models):
 
 
 def load_models(folder):
-    """The VAE and the classifier of a folder, in float32."""
+    """The VAE and the classifier in a folder, in float32. UserError if a file is missing or does not fit."""
     models = VAE(), Classifier()
     for model in models:
         file = _file(folder, model)
@@ -286,7 +286,7 @@ def _file(folder, model):
 
 @torch.no_grad()
 def encode(model, images):
-    """The mean of q(z | picture), "the latent" of a picture from here on"""
+    """The mean of q(z | picture), called the latent of a picture below"""
     return model.encoder(images)[0]  # (B, H, W) -> (B, latent)
 
 
@@ -297,7 +297,7 @@ def decode(model, z):
 
 @torch.no_grad()
 def read(model, classifier, z):
-    """The digits that the classifier sees in the decoded latents"""
+    """The digits that the classifier reads in the decoded latents"""
     return classifier(decode(model, z)).argmax(1)  # (B, latent) -> (B, H, W) -> (B, 10) -> (B,)
 
 
@@ -306,7 +306,7 @@ def share_read_as(digit, model, classifier, z):
 
 
 def share_by_atoms(digit, model, classifier, z, counts):
-    """{n: share of the latents that are read as `digit` with only the n most important atoms}; all are kept after."""
+    """{n: share of latents read as `digit` with only the n most important atoms}. Afterwards all atoms are on again."""
     shares = {}
     for n in counts:
         keep_atoms(model, n)
@@ -316,7 +316,7 @@ def share_by_atoms(digit, model, classifier, z, counts):
 
 
 def keep_only(model, atoms):
-    """Switch on the atoms of these numbers, counted through all layers, and the others off."""
+    """Switch on the atoms with these numbers, counted over all layers, and switch the others off."""
     layers = adapters(model).values()
     kept = torch.zeros(sum(adapter.atoms for adapter in layers), dtype=torch.bool)  # (all atoms,)
     kept[atoms] = True
@@ -325,7 +325,7 @@ def keep_only(model, atoms):
 
 
 def contribution(model, z, atoms):
-    """What these of the kept atoms add: the decoded picture with them minus the one without them, (B, H, W)."""
+    """What some of the kept atoms add: the decoded picture with them minus the picture without them, (B, H, W)."""
     kept = torch.cat([adapter.keep for adapter in adapters(model).values()]).nonzero()[:, 0]  # (kept atoms,)
     with_them = decode(model, z)  # (B, H, W)
     keep_only(model, kept[~torch.isin(kept, atoms)])

@@ -271,8 +271,8 @@ def test_cosine_with_bases_counts_phase():
     [
         (lambda: fourier_bases(3, 33), "no band 3 to 33 in 64 samples; stay within 0 and 32"),
         (lambda: fourier_bases(9, 8), "no band 9 to 8"),
-        (lambda: Signals(five_of_five(pool=4), (0, 24)), "5 bases of a pool of 4 out of 49"),
-        (lambda: Signals(five_of_five(pool=16), (25, 32)), "5 bases of a pool of 16 out of 15"),
+        (lambda: Signals(five_of_five(pool=4), (0, 24)), "pool=4: choose a number from 5"),
+        (lambda: Signals(five_of_five(pool=16), (25, 32)), "pool=16: choose a number .* to 15"),
         (lambda: FourierAttention(five_of_five(sigma="relu")), "sigma='relu' is unknown; choose one of top_k"),
         (lambda: fine_tune(FourierAttention(five_of_five()), "D"), "part='D' is unknown; choose one of all, atoms"),
     ],

@@ -254,7 +254,7 @@ def test_effects_through_no_grad_count_too():
 
 
 @pytest.mark.parametrize("atoms, words", [
-    ({"blocks.7.attn1": [0]}, "no atoms at 'blocks.7.attn1'; there are at blocks.0.attn1, blocks.1.attn1"),
+    ({"blocks.7.attn1": [0]}, "no layer 'blocks.7.attn1' has atoms; choose from blocks.0.attn1, blocks.1.attn1"),
     ({LAYER: [0, 8]}, "has no atom 8; it has 0 to 7"),
     ({LAYER: [-1]}, "has no atom -1; it has 0 to 7"),
 ])  # fmt: skip

@@ -368,8 +368,3 @@ def test_scale_multiplies_what_an_adapter_adds(method, options):
         assert scale or torch.equal(model(x), base)
     with pytest.raises(UserError, match="scale='0.7' is not a number"):
         set_scale(model, "0.7")
-
-
-def test_lora_on_one_weight_for_q_k_and_v_is_refused():
-    with pytest.raises(UserError, match="attention keeps q, k and v in one weight; lora needs Linears"):
-        attach(multihead(), "lora", target="attention")

@@ -1,6 +1,6 @@
-"""PixArt-Σ by hand: `from dit import Pipeline`, or one part of it, each from the folder that holds its files.
+"""PixArt-Σ written by hand: `from dit import Pipeline`, or a loader of one part, each of which takes a folder.
 
-The names are imported when they are first used, so that `import dit` takes no time.
+Names are imported on first use, so that `import dit` is fast.
 """
 
 import sys
@@ -18,5 +18,5 @@ def __getattr__(name):
     return getattr(import_module(_WHERE[name]), name)
 
 
-if sys.argv[0] == "-m":  # a command, whose imports take seconds: until `cli.run`, Ctrl-C ends it without a traceback
+if sys.argv[0] == "-m":  # a command: Ctrl-C during its slow imports gives no traceback
     sys.excepthook = lambda kind, *rest: sys.exit(130) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *rest)

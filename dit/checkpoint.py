@@ -1,8 +1,8 @@
-"""From files to models and back: the only file that opens weights.
+"""Load and save the weights of PixArt-Σ's parts.
 
-A folder in the layout of diffusers (config.json beside safetensors, single or sharded with an index) or one of the
-authors' own `.pth` files is read into a model that was built on the meta device: strictly, every name and shape
-checked before any numbers are read, and then one tensor at a time, cast on the way.
+Reads a folder in the layout of diffusers (config.json beside safetensors, single or sharded with an index) or one of
+the authors' own `.pth` files. The model is built on the meta device. All names and shapes are checked before any data
+is read. Then tensors are read one at a time and cast.
 """
 
 import json
@@ -26,9 +26,9 @@ from dit.vae import AutoencoderKL
 from sparsecode.common import TEXT, Kind, UserError, is_whole, object_of, read_json, rename, replacing, some
 
 # ---- names: (ours, theirs) --------------------------------------------------------------------------------------
-# The pairs apply in turn: one that begins with a dot anywhere in a name, another at its start. Several of our tensors
-# with one name in the file are a fused projection: there they are stacked along the rows, in the model's order.
-# What diffusers calls the parts of the transformer, that class says itself.
+# Pairs apply in order. A pair that begins with a dot matches anywhere in a name, other pairs only at its start. Where
+# several of our tensors get one name, the file holds them fused: stacked along the rows, in the model's order.
+# diffusers' names of the transformer's parts are in PixArtTransformer itself.
 
 # The authors' own files.
 ORIGINAL_NAMES = [
@@ -68,17 +68,17 @@ VAE_NAMES = [
     (".attention.", ".attentions.0."),
     (".to_out.", ".to_out.0."),
 ]
-# Files written by diffusers before 0.17; the last pair of VAE_NAMES no longer applies after these.
+# Files written by diffusers before 0.17. These pairs go before VAE_NAMES, whose last pair then matches nothing.
 OLD_VAE_NAMES = [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.", ".proj_attn.")]
 
-# What files may hold besides the model: the second name of T5's embedding, the position table that the code computes,
-# and the caption that the authors' training put in place of dropped ones.
+# Tensors in files that the model does not need: T5's embedding under a second name, the position table (computed here),
+# and the embedding that replaced dropped captions in the authors' training.
 IGNORED = {"encoder.embed_tokens.weight", "pos_embed.pos_embed", "pos_embed", "y_embedder.y_embedding"}
 PIXART_ALPHA = ("resolution_embedder.", "aspect_ratio_embedder.", "csize_embedder.", "ar_embedder.")
 USUAL_FILES = [name + kind for name in ("diffusion_pytorch_model", "model")
                for kind in (".safetensors", ".safetensors.index.json")]  # fmt: skip
-SHARD = re.compile(r"-\d{5}-of-\d{5}\b")  # in the name of a file that holds a part of the weights
-KEEP_FLOAT32 = (".wo",)  # T5's layers whose sums overflow float16, as in transformers
+SHARD = re.compile(r"-\d{5}-of-\d{5}\b")  # in the name of a file that holds part of the weights
+KEEP_FLOAT32 = (".wo",)  # T5's layers that overflow in float16; transformers keeps them in float32 too
 EXTRA_IDS = Kind("a whole number from 0 to 1000", lambda v: is_whole(v) and 0 <= v <= 1000)
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 
@@ -88,7 +88,7 @@ FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat1
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: what the header says of it, and `read()` for its numbers."""
+    """A tensor in a file: its shape and dtype from the header; `read()` returns its data."""
 
     file: Path
     shape: tuple
@@ -97,7 +97,7 @@ class Stored:
 
 
 def stored_tensors(path):
-    """{name: Stored} for the weights at `path`, a file or the folder of a model. No numbers are read."""
+    """{name: Stored} for the weights at `path`, a file or the folder of a model. No data is read."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; weights/README.md says how to get the weights")
@@ -108,7 +108,7 @@ def stored_tensors(path):
 
 
 def _weights_file(folder):
-    """The one safetensors file, index of shards or `.pth` in a folder; the usual names go before variants (fp16)."""
+    """The safetensors file, index of shards or `.pth` in a folder. The usual names come before variants (fp16)."""
     choice = [folder / name for name in USUAL_FILES if (folder / name).exists()]
     shards = [file.name for file in sorted(folder.glob("*.safetensors")) if SHARD.search(file.name)]
     for kind in ("*.safetensors.index*.json", "*.safetensors", "*.pth"):
@@ -141,7 +141,7 @@ def _open(file):
 
 
 def _read(file, name):
-    # Opened anew for each tensor: an open file stays mapped, and what was read of it counts as memory in use.
+    # Reopened for each tensor: an open file stays mapped, and the parts already read count as used memory.
     with _open(file) as tensors:
         return tensors.get_tensor(name)
 
@@ -158,7 +158,7 @@ def _in_shards(index):
         stored |= shard
     for key, name in weight_map.items():
         if key not in stored or stored[key].file.name != name:
-            raise UserError(f"{index.parent / name} lacks {key}, which {index.name} promises; download both again")
+            raise UserError(f"{index.parent / name} lacks {key}, which {index.name} lists; download both again")
     return stored
 
 
@@ -168,13 +168,13 @@ def _in_pth(file):
     except Exception as error:  # torch raises many kinds
         if held := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{file} holds {held[1]} beside tensors, which could run code and is not read; "
-                "save its state_dict alone into a new file"
+                f"{file} holds {held[1]} besides tensors; loading that could run code, so it is refused; "
+                "save only the state_dict to a new file"
             ) from None
         raise UserError(f"{file} is not a PyTorch checkpoint ({type(error).__name__}); download it again") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{file} is not a table of named tensors; give one of PixArt-Σ's checkpoints")
+        raise UserError(f"{file} is not a dict of named tensors; give one of PixArt-Σ's checkpoints")
     return {
         str(name): Stored(file, tuple(t.shape), str(t.dtype).removeprefix("torch."), partial(state.get, name))
         for name, t in state.items()
@@ -182,8 +182,8 @@ def _in_pth(file):
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------
-# `path` is the folder of a part of a pipeline, or a weights file in it. The weights take `dtype` in memory: bfloat16
-# on a GPU and float32 on a CPU unless told. A UserError says in one line what is wrong with a file.
+# `path` is the folder of a part of a pipeline, or a weights file in it. `dtype` is that of the weights in memory, by
+# default bfloat16 on a GPU (CUDA) and float32 elsewhere; `device` is the CPU by default. UserError for a bad file.
 
 
 def load_transformer(path, dtype=None, device=None):
@@ -194,7 +194,7 @@ def load_transformer(path, dtype=None, device=None):
 
 
 def transformer_config(path, stored=None):
-    """The TransformerConfig beside the weights at `path` or, of one of the authors' `.pth` files alone, inside them."""
+    """The TransformerConfig from config.json beside the weights at `path`, or from the shapes in an authors' `.pth`."""
     file = _config_file(path)
     if not file.exists():
         stored = stored or stored_tensors(path)
@@ -204,7 +204,7 @@ def transformer_config(path, stored=None):
 
 
 def load_text_encoder(path, dtype=None, device=None):
-    """T5's encoder: `load_text_encoder(folder)(ids, mask) -> (B, L, C)`."""
+    """T5's encoder: `load_text_encoder(folder)(ids (B, L), mask (B, L)) -> text (B, L, C)`."""
     stored = stored_tensors(path)
     if "shared.weight" not in stored and "encoder.embed_tokens.weight" in stored:
         stored["shared.weight"] = stored["encoder.embed_tokens.weight"]  # two names for one tensor
@@ -213,7 +213,7 @@ def load_text_encoder(path, dtype=None, device=None):
 
 
 def load_vae(path, dtype=None, device=None):
-    """The autoencoder: `.encode(images) -> scaled latent means`, `.decode(scaled latents) -> images`."""
+    """The autoencoder: `.encode(images (B, 3, H, W)) -> scaled latent means (B, 4, H/f, W/f)`; `.decode` goes back."""
     stored = stored_tensors(path)
     old = any(".query." in name for name in stored)
     config = VAEConfig.from_json(_config_file(path))
@@ -221,12 +221,12 @@ def load_vae(path, dtype=None, device=None):
 
 
 def load_tokenizer(folder):
-    """`load_tokenizer(folder)(prompts, max_length=300) -> ids, mask`."""
+    """T5's tokenizer: `load_tokenizer(folder)(B prompts, max_length=300) -> ids, mask`, (B, max_length) each."""
     file, settings = Path(folder) / "spiece.model", Path(folder) / "tokenizer_config.json"
     if not file.is_file():
         raise UserError(f"{file} is missing; take it from the release (transformers 5 does not write it)")
     values = read_json(settings, optional={"extra_ids": EXTRA_IDS}) if settings.exists() else {}
-    return Tokenizer(file, values.get("extra_ids", 100))  # 100 as transformers has it
+    return Tokenizer(file, values.get("extra_ids", 100))  # 100 as in transformers
 
 
 def _config_file(path):
@@ -235,7 +235,7 @@ def _config_file(path):
 
 
 def _config_of(stored):
-    """The authors' files carry no config: shapes tell the sizes, heads are 72 wide, the position table has the grid."""
+    """The config of an authors' file, which has none: sizes from shapes, heads of width 72, grid from `pos_embed`."""
     file = stored["x_embedder.proj.weight"].file
     try:
         width, channels, _, patch = stored["x_embedder.proj.weight"].shape
@@ -264,7 +264,7 @@ def _load(model_class, config, path, stored, names, dtype, device):
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     blocks = getattr(config, "num_layers", None) or config.layers_per_block * len(config.block_out_channels)
-    if blocks > len(stored):  # before they are built
+    if blocks > len(stored):  # checked before they are built
         raise UserError(f"{path} holds {len(stored)} tensors, too few for the {blocks:,} blocks of its config")
     try:
         model = _skeleton(model_class, config)
@@ -282,7 +282,7 @@ def _load(model_class, config, path, stored, names, dtype, device):
 
 
 class _NotRandom(TorchFunctionMode):
-    """Leaves out the normal numbers of new weights: on the meta device they import torch's compiler, 3 s and 150 MB."""
+    """Skips the random init of new weights: on the meta device it would import torch's compiler, 3 s and 150 MB."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (nn.init.normal_, torch.Tensor.normal_):
@@ -297,7 +297,7 @@ def _skeleton(model_class, config):
 
 
 def _check(model, groups, stored, path):
-    """Refuse, before anything is read, weights that are not exactly those of the model."""
+    """UserError, before any data is read, unless names, shapes and dtypes are exactly those of the model."""
     for name, tensor in stored.items():
         if name.startswith(PIXART_ALPHA) or any(f".{word}" in name for word in PIXART_ALPHA):
             raise UserError(f"{tensor.file} holds {name}: this is PixArt-α; give a PixArt-Σ checkpoint")
@@ -320,12 +320,12 @@ def _check(model, groups, stored, path):
 
 
 def _fill(model, group, tensor, dtype, device):
-    """Read one tensor of a file into the parameters it stands for. UserError if it holds NaN or infinity."""
+    """Read one tensor of a file into our parameter, or parameters if it is fused. UserError if it is not finite."""
     rows = [model.get_parameter(ours).shape[0] for ours in group]
     for ours, part in zip(group, tensor.read().split(rows)):
         owner, _, name = ours.rpartition(".")
         kept = torch.float32 if dtype == torch.float16 and owner.endswith(KEEP_FLOAT32) else dtype
-        value = part.to(device, kept, copy=True)  # a copy in any case: what was read may be the mapped file itself
+        value = part.to(device, kept, copy=True)  # always a copy: `part` may be the mapped file itself
         if not all(edge.isfinite() for edge in value.aminmax()):  # in one pass and without a copy
             raise UserError(f"{tensor.file}: {ours} holds NaN or infinity as {str(kept)[6:]}; download it again")
         setattr(model.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
@@ -335,7 +335,7 @@ def _fill(model, group, tensor, dtype, device):
 
 
 def save_part(model, folder):
-    """Write a model in float32 as diffusers and transformers do: config.json and a safetensors file of their names."""
+    """Write a model in float32 in the layout of diffusers and transformers: config.json and a safetensors file."""
     names, file = {
         PixArtTransformer: (PixArtTransformer.diffusers_names, "diffusion_pytorch_model.safetensors"),
         T5Encoder: (T5_NAMES, "model.safetensors"),
@@ -363,7 +363,7 @@ MODEL_INDEX = {
 def save_index(folder):
     """The small files that make a folder of parts a pipeline: model_index.json, scheduler and tokenizer settings.
 
-    The tokenizer itself, a spiece.model without T5's 100 extra ids, is to be put into tokenizer/.
+    It does not write the tokenizer: put a spiece.model without T5's 100 extra ids into tokenizer/.
     """
     tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "additional_special_tokens": [],
                  "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 300}  # fmt: skip

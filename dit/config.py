@@ -1,6 +1,6 @@
 """The configs of PixArt-Σ's parts, read from the JSON files that come with the weights (the layout of diffusers).
 
-Each class holds the fields that this code uses; `from_json` refuses a value that would mean another model.
+Each class holds the fields that this code uses; `from_json` refuses values of any other model.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsecode.common import FLAG, POSITIVE, Kind, UserError, check_fields, is_whole, list_of, read_json
 
-# What a field of each type may hold. The largest number keeps sizes such as a width times a width within 64 bits.
+# What a field of each type may hold. LARGEST keeps products such as width × width within 64 bits.
 LARGEST = 2**20
 SIZE = Kind(f"a whole number from 1 to {LARGEST:,}", lambda v: is_whole(v) and 1 <= v <= LARGEST)
 SIZES = Kind(f"a list, each {SIZE.name}", lambda v: v != [] and list_of(SIZE).fits(v))
@@ -18,12 +18,12 @@ KINDS = {int: SIZE, float: POSITIVE, float | None: POSITIVE, bool: FLAG, tuple[i
 
 
 class Config:
-    # Fields of the file that this code has no choice about: a file with another value is refused.
+    # Fields of the file with the only values that this code supports; a file with another value is refused.
     required: dict = {}
 
     @classmethod
     def from_json(cls, path):
-        """Read a config file. A field that is absent or null takes the default of the class."""
+        """Read a config file. An absent or null field gets the class's default. UserError for unsupported values."""
         return cls.from_dict(read_json(Path(path)), where=str(path))
 
     @classmethod
@@ -31,7 +31,7 @@ class Config:
         values = {name: value for name, value in values.items() if value is not None}
         for name, allowed in cls.required.items():
             if name in values and values[name] not in allowed:
-                raise UserError(f"{where}: {name} is {values[name]!r}, but this code knows only {allowed[0]!r}")
+                raise UserError(f"{where}: {name} is {values[name]!r}, but this code supports only {allowed[0]!r}")
         kinds = {field.name: KINDS[field.type] for field in dataclasses.fields(cls)}
         check_fields(values, optional=kinds, where=where)
         kept = {name: value for name, value in values.items() if name in kinds}
@@ -41,10 +41,10 @@ class Config:
         return config
 
     def problem(self):
-        """What makes these values impossible together, or None."""
+        """Why these values do not fit together, as text, or None."""
 
     def to_json(self):
-        """The text of a config file that diffusers or transformers read as well."""
+        """The text of a config file that diffusers or transformers can read too."""
         fixed = {name: allowed[0] for name, allowed in self.required.items()}
         return json.dumps({**fixed, **dataclasses.asdict(self)}, indent=2) + "\n"
 
@@ -80,12 +80,12 @@ class TransformerConfig(Config):
 
     @property
     def position_scale(self):
-        """A null `interpolation_scale` means one per 64 latent pixels, as in diffusers' PixArtTransformer2DModel."""
+        """`interpolation_scale`, or if null max(sample_size // 64, 1), as in diffusers' PixArtTransformer2DModel."""
         return self.interpolation_scale or max(self.sample_size // 64, 1)
 
     @classmethod
     def from_dict(cls, values, where="config"):
-        # diffusers takes null for true at sample_size 128; here null means Σ, and the tensors decide.
+        # In diffusers, null means true at sample_size 128. Here it means PixArt-Σ; loading refuses PixArt-α's tensors.
         if values.get("use_additional_conditions"):
             raise UserError(
                 f"{where}: use_additional_conditions is {values['use_additional_conditions']!r}, which makes this a "
@@ -125,7 +125,7 @@ class T5Config(Config):
     }
 
     def problem(self):
-        exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own, on either side
+        exact = self.relative_attention_num_buckets // 4  # distances that have their own bucket, on each side
         if not 0 < exact < self.relative_attention_max_distance:
             return (
                 f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; expected at least 4, and "
@@ -162,7 +162,7 @@ class VAEConfig(Config):
         config = super().from_dict(values, where)
         for name, blocks in config.block_types().items():
             if values.get(name) not in (None, blocks):
-                raise UserError(f"{where}: {name} is {values[name]!r}, but this code knows only {blocks}")
+                raise UserError(f"{where}: {name} is {values[name]!r}, but this code supports only {blocks}")
         return config
 
     def problem(self):

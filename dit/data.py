@@ -12,7 +12,7 @@ from sparsecode.common import TEXT, UserError, read_json
 
 
 def find_pictures(paths):
-    """Picture files among `paths`; a folder stands for the pictures in it, in the order of their names."""
+    """The files in `paths`; a folder stands for the pictures in it, sorted by name. UserError if there is none."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -48,7 +48,7 @@ def describe_pictures(paths, files):
 
 
 def find_captions(files, prompt=None):
-    """The caption of each picture: `prompt` if given, else name.txt beside it, else its line in metadata.jsonl."""
+    """The caption of each picture: `prompt`, or name.txt beside it, or its line in metadata.jsonl; else UserError."""
     if prompt is not None:
         captions = [prompt for _ in files]
     else:
@@ -85,7 +85,7 @@ def _read_metadata(folder):
 
 
 def _read(path):
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         raise UserError(f"{path} is not a file; write the caption into a text file")
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -95,10 +95,10 @@ def _read(path):
 
 @dataclass
 class Dataset:
-    """What training needs of n pictures.
+    """The training data of n pictures.
 
-    Latents (n, 4, h, w) of the pictures and, for random flips, of their mirror images, else None; embeddings
-    text (n, L, C) and text_mask (n, L) of their captions.
+    latents (n, 4, h, w); mirrored, the latents of the mirror images for random flips, or None; and text (n, L, C) and
+    text_mask (n, L), the embedded captions.
     """
 
     latents: torch.Tensor
@@ -111,12 +111,12 @@ class Dataset:
 
 
 def load_images(files, resolution):
-    """The middle square of each picture: (n, 3, resolution, resolution) in [-1, 1]."""
+    """The central square of each picture file: (n, 3, resolution, resolution) in [-1, 1]."""
     return to_tensor([square(open_picture(file), resolution) for file in files])
 
 
 def encode(pipe, images, captions, random_flip=False):
-    """Images (n, 3, H, W) in [-1, 1] and their captions, through the autoencoder and T5 of `pipe` -> Dataset"""
+    """Encode images (n, 3, H, W) in [-1, 1] and their n captions with the autoencoder and T5 of `pipe` -> Dataset"""
 
     def latents(images):
         bar = tqdm(images.split(1), desc="encoding pictures", disable=bar_off())

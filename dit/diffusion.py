@@ -1,6 +1,6 @@
-"""Noise on latents, and the way back: the schedule, the training loss and DPM-Solver++(2M) (Lu et al., 2022).
+"""Diffusion: the noise schedule, the training loss and the sampler DPM-Solver++(2M) (Lu et al., 2022).
 
-A latent with noise is  x_t = α_t x_0 + σ_t ε  with  α_t² + σ_t² = 1.  The model predicts ε.
+A noisy latent is  x_t = α_t x_0 + σ_t ε  with  α_t² + σ_t² = 1.  The model predicts ε.
 """
 
 import functools
@@ -13,7 +13,7 @@ from sparsecode.common import UserError
 
 
 @functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is kept must serve training too
+@torch.inference_mode(False)  # cached tensors must work in training too
 def alphas_sigmas(schedule: SchedulerConfig, device="cpu"):
     """α_t and σ_t of every training timestep t, (T,) each, in float32 on `device`; the betas rise linearly."""
     steps = schedule.num_train_timesteps
@@ -37,7 +37,7 @@ def noise_error(model, latents, timesteps, noise, text, text_mask, schedule):
 
 
 def sampling_timesteps(steps, schedule):
-    """`steps` timesteps from T − 1 down, evenly spaced and rounded; 20 of T = 1000 are 999, 949, …, 500, …, 50."""
+    """`steps` evenly spaced timesteps (steps,) from T − 1 down, rounded; for 20 steps of T = 1000: 999, 949, …, 50."""
     last = schedule.num_train_timesteps - 1
     if not 1 <= steps <= last:
         raise UserError(f"{steps} sampling steps; expected 1 to {last}")
@@ -46,14 +46,14 @@ def sampling_timesteps(steps, schedule):
 
 
 def dpm_solver(predict_noise, latents, steps, schedule):
-    """Yield (timestep, x, x_0) after each step, from pure noise `latents` to the picture.
+    """Yield (timestep, x, x_0) after each step, starting from pure noise `latents` (B, 4, h, w).
 
     DPM-Solver++(2M): in λ = log(α/σ), with h = λ_t − λ_s for a step from s to t and r = h_previous / h,
 
         D   = x_0(s) + (x_0(s) − x_0(s_previous)) / 2r
         x_t = (σ_t/σ_s) x_s − α_t (e^{−h} − 1) D
 
-    x_0 is the model's guess of the clean latents. The first and the last step use D = x_0(s) (first order); the last
+    x_0 is the model's estimate of the clean latents. The first and the last step use D = x_0(s) (first order); the last
     goes to σ = 0, where x = x_0.
 
     predict_noise(x (B, 4, h, w), timestep int) -> ε (B, 4, h, w)

@@ -1,4 +1,4 @@
-"""Get the released PixArt-Σ, T5-XXL encoder and autoencoder (about 21 GB) into one folder: `python -m dit.download`.
+"""Download the released PixArt-Σ, T5-XXL and autoencoder (about 21 GB) into one folder: `python -m dit.download`.
 
 Needs the extra `hub`: pip install -e ".[hub]"
 """
@@ -19,7 +19,7 @@ TEXT_AND_VAE = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
 def main(argv=None):
     parser = Parser(prog="python -m dit.download", description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, choices=TRANSFORMERS, default=1024, help="resolution of the transformer")
-    parser.add_argument("--out", type=Path, help="folder (weights/pixart-sigma-SIZE)")
+    parser.add_argument("--out", type=Path, help="folder (default: weights/pixart-sigma-SIZE)")
     args = parser.parse_args(argv)
     try:
         from huggingface_hub import snapshot_download

@@ -1,6 +1,6 @@
-"""Subjects to learn and prompts to draw them in, from a folder as DreamBooth's (Ruiz et al., 2023).
+"""Read subjects and their prompts from a folder in DreamBooth's layout (Ruiz et al., 2023).
 
-prompts_and_classes.txt stands beside a folder of pictures for each subject. Captions beside the pictures are optional.
+It holds prompts_and_classes.txt and a folder of pictures for each subject. Captions beside the pictures are optional.
 """
 
 import re
@@ -17,7 +17,7 @@ LIVE = ("cat", "dog")  # classes of DreamBooth's live subjects, which have promp
 
 @dataclass
 class Subject:
-    """Pictures of one thing, their captions, the prompts to draw, and these without its token, as CLIP is to read."""
+    """Pictures of one subject, their captions, the prompts to draw, and `texts`: these without the token, for CLIP."""
 
     name: str
     files: list
@@ -26,7 +26,7 @@ class Subject:
     texts: list
 
     def checksum(self):
-        """Changes with every picture, caption and prompt."""
+        """A number that changes if any picture, caption or prompt changes."""
         words = repr((self.captions, self.prompts, self.texts)).encode()
         return zlib.crc32(b"".join([words, *(file.read_bytes() for file in self.files)]))
 
@@ -42,19 +42,19 @@ def read_prompts(path):
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError):
-        raise UserError(f"{path} is no text file; DreamBooth's list of classes and prompts belongs there") from None
+        raise UserError(f"{path} is missing or not UTF-8 text; put DreamBooth's classes and prompts there") from None
     classes = dict(re.findall(r"^([\w-]+),([\w -]+?)\s*$", text.partition("Prompts")[0], re.MULTILINE))
     classes.pop("subject_name", None)
     lists = re.findall(r"(Object|Live Subject) Prompts\s+prompt_list = \[(.*?)\]", text, re.DOTALL)
     templates = {name: re.findall(r"""(["'])(.*?)\1\.format\(""", body) for name, body in lists}
     templates = {name: [words for _, words in found] for name, found in templates.items()}
     if not classes or not templates.get("Object"):
-        raise UserError(f"{path} lists no classes or no prompts; write them as DreamBooth's file does")
+        raise UserError(f"{path} lists no classes or no prompts; use the format of DreamBooth's file")
     return classes, templates["Object"], templates.get("Live Subject") or templates["Object"]
 
 
 def read_subjects(folder):
-    """Every subject that has pictures in `folder`. Pictures without captions of their own are "a sks <class>"."""
+    """The Subjects in `folder`, sorted by name. Pictures without captions get "a sks <class>". UserError if none."""
     classes, objects, live = read_prompts(folder / PROMPTS)
     subjects = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):

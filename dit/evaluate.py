@@ -1,13 +1,13 @@
-"""Teach every subject by every method, draw each prompt, and score the pictures: Tables 1 and 2, Fig. 7 (§4.3, §4.4).
+"""Train every method on every subject, draw each prompt, score the pictures: Tables 1 and 2, Fig. 7 (§4.3, §4.4).
 
     python -m dit.evaluate --subjects lessons/data/subjects --quick
     torchrun --nproc-per-node 2 -m dit.evaluate --subjects lessons/data/subjects --densities 0.02 0.04
 
-`--subjects` is a folder as DreamBooth's: prompts_and_classes.txt beside a folder of pictures for each subject. Sparse
+`--subjects` has DreamBooth's layout: prompts_and_classes.txt beside a folder of pictures for each subject. Sparse
 adapters are trained at each density with the first number of atoms, and at each number of atoms with the first density.
-With several --lrs each method takes the one whose alignment + fidelity is highest on the subjects of --tune-on, which
-then do not count. Writes table.md, table.csv, results.csv and plots into --out, and a result and an adapter for each
-training: what is there is not done again, and `torchrun` shares out what is left.
+With several --lrs, each method uses the one with the highest alignment + fidelity on the subjects of --tune-on; the
+table leaves these subjects out. Writes table.md, table.csv, results.csv and plots into --out, and a result and an
+adapter for each training. Finished trainings are skipped; `torchrun` divides the rest among its processes.
 """
 
 import json
@@ -33,22 +33,22 @@ def parse(argv=None):
     add_model_arguments(parser)
     add = parser.add_argument
     add("--subjects", type=Path, required=True, help="folder of subjects, with DreamBooth's prompts_and_classes.txt")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    add("--densities", type=float, nargs="+", default=[0.02, 0.04], help="ρ of sparse adapters")
-    add("--atoms", type=whole, nargs="+", default=[256], help="M of sparse adapters")
-    add("--lrs", type=positive, nargs="+", help="learning rates to choose from (the model's own)")
-    add("--tune-on", nargs="+", default=[], metavar="NAME", help="subjects that the learning rate is chosen on")
-    add("--seeds", type=seed, nargs="+", default=[0], help="of training: one each")
-    add("--epochs", type=whole, default=15, help="(the paper's 15)")
-    add("--pictures", type=whole, default=5, help="of each prompt")
-    add("--steps", type=whole, default=20, help="of the sampler")
-    add("--guidance", type=float, help="strength of the prompt (the model's default)")
-    add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
-    add("--clip", type=Path, help="folder of a CLIP in transformers' layout (the tiny model's own)")
-    add("--dino", type=Path, help="folder of a DINOv2, for diversity (CLIP itself)")
-    add("--image-reward", type=Path, help="folder of ImageReward, for a column of its own (left out)")
-    add("--out", type=Path, default=Path("runs/evaluate"))
-    add("--quick", action="store_true", help="two subjects, two prompts, one epoch: does it run?")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="methods to compare (default: all)")
+    add("--densities", type=float, nargs="+", default=[0.02, 0.04], help="ρ of sparse adapters (default: 0.02 0.04)")
+    add("--atoms", type=whole, nargs="+", default=[256], help="M of sparse adapters (default: 256)")
+    add("--lrs", type=positive, nargs="+", help="learning rates to choose from (default: the model's own)")
+    add("--tune-on", nargs="+", default=[], metavar="NAME", help="subjects to choose the learning rate on")
+    add("--seeds", type=seed, nargs="+", default=[0], help="one training for each seed (default: 0)")
+    add("--epochs", type=whole, default=15, help="epochs of each training (default: 15, as in the paper)")
+    add("--pictures", type=whole, default=5, help="pictures of each prompt (default: 5)")
+    add("--steps", type=whole, default=20, help="steps of the sampler (default: 20)")
+    add("--guidance", type=float, help="guidance scale (default: the model's own)")
+    add("--gradient-checkpointing", action="store_true", help="save memory; takes about a third more time")
+    add("--clip", type=Path, help="folder of a CLIP in transformers' layout (default: WEIGHTS/clip)")
+    add("--dino", type=Path, help="folder of a DINOv2, for diversity (default: use CLIP)")
+    add("--image-reward", type=Path, help="folder of ImageReward; adds its column (default: none)")
+    add("--out", type=Path, default=Path("runs/evaluate"), help="folder for the results (default: runs/evaluate)")
+    add("--quick", action="store_true", help="a short trial: two subjects, two prompts, one epoch")
     args = parser.parse_args(argv)
     args.clip = args.clip or args.weights / "clip"
     return args
@@ -63,7 +63,7 @@ def study_config(args, pipe):
 def check_tuning(args, subjects):
     names = [subject.name for subject in subjects]
     if unknown := [name for name in args.tune_on if name not in names]:
-        raise UserError(f"--tune-on {unknown[0]}: there is no such subject; choose of {', '.join(names)}")
+        raise UserError(f"--tune-on {unknown[0]}: there is no such subject; choose from {', '.join(names)}")
     if (len(args.lrs or [0]) > 1) != bool(args.tune_on):
         raise UserError("--tune-on and several --lrs belong together; give both or neither")
     if len(args.tune_on) == len(names):
@@ -78,7 +78,7 @@ def make_small(subjects, tune_on):
 
 
 def check_out(study, args):
-    """What all results of a folder have in common must stay the same: the models, by their files, and the work."""
+    """UserError unless earlier results in the folder are from the same models (by checksum) and settings."""
     folders = {"weights": args.weights / "transformer", "clip": args.clip, "dino": args.dino,
                "image_reward": args.image_reward}  # fmt: skip
     now = {name: f"of checksum {files_checksum(folder)}" if folder else "None" for name, folder in folders.items()}
@@ -92,11 +92,11 @@ def check_out(study, args):
     if then.keys() != now.keys():
         raise UserError(f"--out {study.folder} holds other files ({file.name}); name a new or empty folder")
     for name, value in now.items():
-        added = name == "image_reward" and "None" in (then[name], value)  # a column that any result can have or not
+        added = name == "image_reward" and "None" in (then[name], value)  # an optional column
         if then[name] != value and not added:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{study.folder} holds results with {option} {then[name]}, not {value}; use another --out")
-    parallel.wait()  # until all have looked
+    parallel.wait()  # until all have checked
     if parallel.rank() == 0:
         study.sweep()
         with replacing(file) as temporary:

@@ -1,4 +1,4 @@
-"""Where an atom acts: its coefficients at each patch while a picture is drawn, and the picture with them over it."""
+"""Where an atom acts: its coefficient at each patch while a picture is drawn, and an overlay on the picture."""
 
 import numpy as np
 import torch
@@ -8,10 +8,10 @@ from sparsecode import record_maps
 
 
 def watch(pipe, prompt, noise, atoms, **options):
-    """Draw the prompt from noise (1, 4, h, w), and see what the atoms do meanwhile.
+    """Draw the prompt from noise (1, 4, h, w), and record the coefficients of some atoms.
 
-    `atoms` is a list of (layer, m). Returns the picture, and S (atoms, steps, h, w): what each coefficient was at each
-    patch of the picture, at each step of the sampler. Of the two passes of guidance it is the one with the prompt.
+    `atoms` is a list of (layer, m); `options` go to `pipe.generate`. Returns the PIL image, and S (atoms, steps, rows,
+    columns): each coefficient at each sampler step and patch. With guidance, it is from the pass with the prompt.
     """
     model = pipe.transformer
     chosen = {name: [m for layer, m in atoms if layer == name] for name, _ in atoms}
@@ -21,15 +21,15 @@ def watch(pipe, prompt, noise, atoms, **options):
     seen = {}
     for name, calls in maps.items():
         s = torch.stack([call[-1] for call in calls])  # steps × (B, N, chosen) -> (steps, N, chosen)
-        s = s.permute(2, 0, 1).unflatten(2, (rows, columns))  # (chosen, steps, h, w)
+        s = s.permute(2, 0, 1).unflatten(2, (rows, columns))  # (chosen, steps, rows, columns)
         seen |= {(name, m): values for m, values in zip(chosen[name], s)}
-    return picture, torch.stack([seen[atom] for atom in atoms])  # (atoms, steps, h, w)
+    return picture, torch.stack([seen[atom] for atom in atoms])  # (atoms, steps, rows, columns)
 
 
 def overlay(picture, values, scale=None):
-    """The picture in pale grey, and over it in red where values (h, w) are above zero, in blue where they are below.
+    """A PIL image in pale grey, coloured red where values (h, w) are positive and blue where they are negative.
 
-    The colour is full where |values| reach `scale`, their largest unless given.
+    The colour is strongest where |values| reach `scale`, by default their maximum.
     """
     scale = max(values.abs().max().item() if scale is None else scale, 1e-12)
     small = Image.fromarray((values / scale).clamp(-1, 1).numpy())  # (h, w) float

@@ -1,6 +1,6 @@
 """How well a concept was learned (§4.3): alignment and fidelity with CLIP, diversity with the Vendi score, ImageReward.
 
-CLIP, DINOv2 and ImageReward's BLIP are built by transformers from local folders: pip install -e ".[eval]".
+CLIP, DINOv2 and ImageReward's BLIP are read from local folders with transformers: pip install -e ".[eval]".
 """
 
 from pathlib import Path
@@ -28,7 +28,7 @@ IMAGE_REWARD_NAMES = [
     ("text.", "blip.text_encoder."),
     *((f"head.{ours}.", f"mlp.layers.{theirs}.") for ours, theirs in enumerate((0, 2, 4, 6, 7))),  # dropout between
 ]
-# What ImageReward.pt holds besides: a count of positions, and what BLIP's pre-training needed.
+# Tensors of ImageReward.pt that are not needed: position ids, and projections of BLIP's pre-training.
 UNUSED = ("blip.text_encoder.embeddings.position_ids", "blip.vision_proj.", "blip.text_proj.")
 MED_CONFIG = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                             "num_attention_heads", "max_position_embeddings"), COUNT)  # fmt: skip
@@ -39,7 +39,7 @@ def need_transformers():
     try:
         import transformers
     except ImportError:
-        raise UserError('CLIP is read by transformers, which is not installed: pip install -e ".[eval]"') from None
+        raise UserError('transformers is not installed, and CLIP needs it; run: pip install -e ".[eval]"') from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -48,7 +48,7 @@ def need_transformers():
 class CLIP:
     """CLIP from a folder in transformers' layout, tokenizer and preprocessor included (Radford et al., 2021).
 
-    texts(list of str) and images(list of PIL images) -> unit vectors (n, C), whose products are the cosines.
+    texts(list of str) and images(list of PIL images) -> unit vectors (n, C) on the CPU. Their products are cosines.
     """
 
     def __init__(self, folder, device="cpu"):
@@ -56,7 +56,7 @@ class CLIP:
         self.device = device
         self.model = _load_model(library.CLIPModel, folder).to(device).eval()
         self.tokenizer = _load(library.CLIPTokenizer, folder)
-        if len(self.tokenizer) != self.model.config.text_config.vocab_size:  # transformers makes up what it lacks
+        if len(self.tokenizer) != self.model.config.text_config.vocab_size:  # transformers invents a missing tokenizer
             raise UserError(f"{folder} has no tokenizer of the {self.model.config.text_config.vocab_size} tokens")
         self.preprocessor = _load(library.AutoImageProcessor, folder)
 
@@ -95,10 +95,10 @@ class DINOv2:
 
 
 class ImageReward(nn.Module):
-    """How much people would like a picture for its text: BLIP, and five linear layers (Xu et al., 2023).
+    """Predicts how much people like a picture for its text: BLIP and five linear layers (Xu et al., 2023).
 
-    The folder holds ImageReward.pt and med_config.json as they are released, and vocab.txt of bert-base-uncased.
-    scores(list of str, list of PIL images) -> (n,), a score for each pair, about 0 ± 1.
+    The folder holds the released ImageReward.pt and med_config.json, and vocab.txt of bert-base-uncased.
+    scores(list of str, list of PIL images) -> (n,), one score per pair, of mean about 0 and deviation about 1.
     """
 
     MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the authors' rewards
@@ -118,12 +118,12 @@ class ImageReward(nn.Module):
             side = self._build(library, config, stored)
             used = {name: stored.pop(rename(name, IMAGE_REWARD_NAMES)) for name in self.state_dict()}
             self.load_state_dict(used)
-        except Exception as error:  # a file or a name that is not there, another shape, whatever torch raises
+        except Exception as error:  # a missing file or tensor, a wrong shape, any error of torch
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file} cannot be read as ImageReward ({type(error).__name__}: {reason})") from None
         if left := [name for name in stored if not name.startswith(UNUSED)]:
-            raise UserError(f"{file} holds {left[0]}, which is no part of ImageReward; download it again")
-        if len(self.tokenizer) != config["vocab_size"]:  # transformers makes up what it lacks
+            raise UserError(f"{file} holds {left[0]}, which is not part of ImageReward; download it again")
+        if len(self.tokenizer) != config["vocab_size"]:  # transformers invents a missing tokenizer
             raise UserError(f"{folder} has no vocab.txt of the {config['vocab_size'] - 2} tokens of bert-base-uncased")
         self.to(device).eval()
         self.preprocess = transforms.Compose([
@@ -132,7 +132,7 @@ class ImageReward(nn.Module):
         ])  # fmt: skip
 
     def _build(self, library, config, stored):
-        """Make the parts, for tensors of the shapes in `stored`; returns the side of its pictures in pixels."""
+        """Build the modules for the shapes in `stored`; return the side of the input pictures in pixels."""
         positions = stored["blip.visual_encoder.pos_embed"]  # (1, 1 + patches, C)
         patch = stored["blip.visual_encoder.patch_embed.proj.weight"].shape[-1]
         width, side = positions.shape[2], patch * round((positions.shape[1] - 1) ** 0.5)
@@ -180,27 +180,27 @@ def _load(kind, folder, **options):
         raise UserError(f"{folder} is not a folder; weights/README.md says what belongs there")
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises whatever a file makes it
+    except Exception as error:  # transformers raises errors of many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} cannot be read as a {kind.__name__} ({reason})") from None
 
 
 def alignment(pictures, texts):
-    """Mean cosine of each picture with its own text: pictures (n, C), texts (n, C), unit vectors."""
+    """Mean cosine of each picture and its own text: pictures (n, C), texts (n, C), unit vectors."""
     return (pictures * texts).sum(-1).mean().item()
 
 
 def fidelity(pictures, originals):
-    """Mean cosine of n pictures with m pictures of the concept: (n, C), (m, C), unit vectors."""
+    """Mean cosine of all pairs of n pictures and m pictures of the concept: (n, C), (m, C), unit vectors."""
     return (pictures @ originals.T).mean().item()
 
 
 def vendi_score(vectors):
-    """exp of the entropy of the eigenvalues of K/n, K = V Vᵀ: how many different pictures there seem to be, 1 to n.
+    """exp of the entropy of the eigenvalues of K/n, K = V Vᵀ: the effective number of pictures, 1 to n.
 
     vectors (n, C), unit vectors. Friedman & Dieng, The Vendi Score, 2023, Definition 3.1.
     """
     v = vectors.double()
-    small = v @ v.T if len(v) < v.shape[1] else v.T @ v  # both have the same eigenvalues, but for zeros
+    small = v @ v.T if len(v) < v.shape[1] else v.T @ v  # both have the same eigenvalues, except zeros
     p = torch.linalg.eigvalsh(small / len(v)).clamp(min=0)
     return torch.exp(torch.special.entr(p).sum()).item()

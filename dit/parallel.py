@@ -1,4 +1,4 @@
-"""Several processes that train one model: `torchrun --nproc-per-node N -m dit.…`; one process without torchrun."""
+"""Training in several processes: `torchrun --nproc-per-node N -m dit.…`. Without torchrun there is one process."""
 
 import os
 import zlib
@@ -17,7 +17,7 @@ def start():
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        patience = timedelta(days=7)  # where processes work alone, one may wait for another's last job
+        patience = timedelta(days=7)  # after `alone`, a process may wait long for the last job of another
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
 
 
@@ -31,7 +31,7 @@ _alone = False
 
 @contextmanager
 def alone():
-    """Within it every process works for itself, on a model of its own: rank 0 of 1, and without bars."""
+    """Within this context, each process works alone on its own model: rank 0 of 1, and no progress bars."""
     global _alone
     _alone = True
     try:
@@ -41,20 +41,20 @@ def alone():
 
 
 def first_to_say(message):
-    """Whether no other process has said this yet: an error that all meet is to be printed once."""
+    """True in the first process that asks with this message, so that an error common to all is printed once."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     try:  # the store that torchrun keeps for its processes
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
         return store.add(f"said {zlib.crc32(message.encode())}", 1) == 1
-    except (RuntimeError, KeyError):  # it is gone: better twice than never
+    except (RuntimeError, KeyError):  # the store is gone: better to print twice than never
         return True
 
 
 @contextmanager
 def together():
-    """What all processes do at once; UserError where another one has ended. That one says why."""
+    """For a collective operation: UserError if another process has ended (that process prints why)."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -64,7 +64,7 @@ def together():
 
 
 def rank():
-    """The number of this process, 0 for the one that writes and prints; known before `start`."""
+    """The number of this process; process 0 writes and prints. Known before `start`."""
     return 0 if _alone else int(os.environ.get("RANK", 0))
 
 
@@ -73,24 +73,24 @@ def world_size():
 
 
 def wait():
-    """Until all processes are here."""
+    """Wait until all processes have called this."""
     if world_size() > 1:
         with together():
             dist.barrier()
 
 
 def bar_off():
-    """For tqdm's `disable`: quiet when not on a terminal, and in all processes but the first."""
+    """For tqdm's `disable`: no bar outside a terminal, nor in any process but the first."""
     return True if _alone or rank() else None
 
 
 def average_gradients(parameters):
-    """Replace every gradient by its mean over the processes, in one message."""
+    """Replace every gradient by its mean over the processes, in one all-reduce."""
     average([p.grad for p in parameters if p.grad is not None])
 
 
 def average(tensors):
-    """Replace every tensor by its mean over the processes, in one message."""
+    """Replace every tensor by its mean over the processes, in one all-reduce."""
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])

@@ -1,4 +1,4 @@
-"""Pictures in and out: any file that PIL reads -> RGB, tensors <-> PIL images, and labelled grids of results."""
+"""Read and write pictures: files -> RGB, tensors <-> PIL images, and labelled grids of results."""
 
 import functools
 import importlib
@@ -13,19 +13,19 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from sparsecode.common import UserError, replacing
 
-# What PIL names a format -> the suffixes of its files. No other format is tried, whatever a file is called.
+# PIL's name of a format -> the suffixes of its files. Other formats are never tried.
 FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg", ".jfif"), "WEBP": (".webp",), "BMP": (".bmp",),
            "TIFF": (".tif", ".tiff"), "GIF": (".gif",), "AVIF": (".avif",), "HEIF": (".heic", ".heif"),
            "JXL": (".jxl",)}  # fmt: skip
-# Where PIL alone cannot: the module to import, and what pip installs it by.
+# Plug-ins for formats that PIL may lack: the module to import, and its pip package.
 PLUGINS = {"AVIF": ("pillow_avif", "pillow-avif-plugin"), "HEIF": ("pillow_heif", "pillow-heif"),
            "JXL": ("pillow_jxl", "pillow-jxl-plugin")}  # fmt: skip
-SMALLEST = 16  # pixels; a smaller picture is a mistake rather than a motif
+SMALLEST = 16  # pixels; a smaller picture is probably an error
 
 
 @functools.cache
 def formats():
-    """Those of FORMATS that this PIL reads, with its plug-ins where they are installed."""
+    """The names in FORMATS that PIL can read here, with the plug-ins that are installed."""
     Image.init()
     for name, (module, _) in PLUGINS.items():
         try:
@@ -38,7 +38,7 @@ def formats():
 
 
 def why_not(path):
-    """Why a file cannot be one of the pictures, in a few words; None if it can, by its name and kind."""
+    """Why a path is not a picture, in a few words; None if its name and type are those of a picture."""
     path = Path(path)
     name = next((name for name, suffixes in FORMATS.items() if path.suffix.lower() in suffixes), None)
     if path.is_dir():
@@ -53,8 +53,8 @@ def why_not(path):
 
 @contextmanager
 def _opened(path):
-    """The PIL image in a file; UserError for whatever goes wrong while it is read."""
-    if not Path(path).is_file():  # a pipe would be waited for
+    """The PIL image in a file. Any error while it is read becomes a UserError."""
+    if not Path(path).is_file():  # reading a pipe would block
         raise UserError(f"{path} cannot be read as a picture (there is no such file); check the path")
     try:
         with warnings.catch_warnings():
@@ -63,16 +63,16 @@ def _opened(path):
                 yield image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down") from None
-    except Exception as error:  # PIL's decoders raise whatever their format does
+    except Exception as error:  # PIL's decoders raise errors of many kinds
         reason = why_not(path) or f"{type(error).__name__}: {error}"
         raise UserError(f"{path} cannot be read as a picture ({reason}); replace it") from None
 
 
 def open_picture(path):
-    """A picture file as an RGB image, upright; of an animation the first frame.
+    """A picture file as an upright RGB PIL image; the first frame of an animation.
 
-    Grey, palette, transparent (onto white), 16-bit and CMYK pictures are converted. UserError for a file that is no
-    picture, is cut short, or is smaller than 16 pixels along a side.
+    Grey, palette, transparent (onto white), 16-bit and CMYK pictures are converted. UserError if the file is not a
+    picture, is truncated, or has a side below 16 pixels.
     """
     with _opened(path) as image:
         image = _to_rgb(ImageOps.exif_transpose(image))  # decodes the pixels
@@ -91,12 +91,12 @@ def _to_rgb(image):
 
 
 def square(image, side):
-    """The middle of a picture, side × side pixels."""
+    """The central square of a PIL image, resized to side × side pixels."""
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 
 def share_cut(path):
-    """How much of a picture's area `square` leaves out. The header of the file tells, no pixels are decoded."""
+    """The share of a picture's area that `square` cuts off, 0 to 1. Reads only the header of the file."""
     with _opened(path) as image:
         return 1 - min(image.size) / max(image.size)
 
@@ -119,7 +119,7 @@ def to_bytes(images):
 
 
 def grid(rows, side=128):
-    """One picture out of rows of (label, list of PIL images of side × side), each row under its label if it has one."""
+    """One PIL image from rows of (label, list of PIL images), each fitted to side × side pixels, below its label."""
     gap, letter = 8, max(13, side // 24)  # pixels; readable beside large pictures too
     font, line = ImageFont.load_default(letter), letter + 4
     columns = max(len(images) for _, images in rows)
@@ -147,7 +147,7 @@ def _wrap(label, font, width):
 
 
 def draw_table(rows, path, title, dpi=150):
-    """A figure with a row for each (label, {prompt: pictures}) and a column for each prompt of the last row."""
+    """Save a figure with a row for each (label, {prompt: pictures}) and a column for each prompt of the last row."""
     from matplotlib.figure import Figure
 
     prompts = list(rows[-1][1])
@@ -177,7 +177,7 @@ def side_by_side(pictures):
 
 
 def check_picture_path(path):
-    """UserError now rather than after minutes of work, if no picture can be written under that name."""
+    """UserError, before any work, if `path` is a folder or its suffix is not that of a picture."""
     if Image.registered_extensions().get(Path(path).suffix.lower()) not in Image.SAVE.keys() & FORMATS.keys():
         raise UserError(f"{path} does not end like a picture; name it something.png")
     if Path(path).is_dir():
@@ -190,7 +190,7 @@ def save_picture(image, path):
 
 
 def save_each(rows, folder):
-    """Every picture of rows of (label, list of PIL images) at its own size, as folder/ROW-COLUMN.png."""
+    """Save each picture of rows of (label, list of PIL images) at full size, as folder/ROW-COLUMN.png, from 1-1."""
     for i, (_, images) in enumerate(rows, start=1):
         for j, image in enumerate(images, start=1):
             save_picture(image, Path(folder) / f"{i}-{j}.png")

@@ -23,7 +23,7 @@ LARGEST = 16384  # pixels along a side
 
 
 def find_device(name=None, option="device"):
-    """The device of that name or, without one, the GPU of this machine, a Mac's too, or its CPU."""
+    """The torch.device `name`, by default the first available of cuda, mps, cpu. UserError if it cannot be used."""
     if name is None:
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -40,8 +40,8 @@ def find_device(name=None, option="device"):
 class Pipeline:
     """PixArt-Σ from a folder in the layout of diffusers. A part is loaded when it is first used.
 
-    `defaults` holds the settings that suit the model (guidance, training steps, …), from the folder's defaults.json
-    if there is one: a tiny model wants others than the released one.
+    `defaults` holds the model's settings (guidance, fine-tuning) from the folder's defaults.json, if it has one: a
+    tiny model needs other settings than the released one. UserError if the folder does not hold a pipeline.
     """
 
     def __init__(self, folder, dtype=None, device=None, text_device=None):
@@ -61,9 +61,10 @@ class Pipeline:
 
     @classmethod
     def from_folder(cls, folder, dtype=None, device=None, text_device=None):
-        """dtype and device: bfloat16 on a GPU where there is one, float32 on a Mac's GPU or a CPU, unless told.
+        """device: by default cuda, else mps, else cpu. dtype: by default bfloat16 on cuda, float32 elsewhere.
 
-        text_device: where T5 works and stays, such as "cpu" beside a small GPU; else it is freed once it was used.
+        text_device: a separate device for T5, where it stays loaded, such as "cpu" beside a small GPU. By default T5 is
+        on `device` and freed after use.
         """
         return cls(folder, dtype, device, text_device)
 
@@ -89,7 +90,7 @@ class Pipeline:
         return load_vae(self.folder / "vae", dtype, self.device)
 
     def free(self, *parts):
-        """Forget loaded parts, so that their memory can be used; they are loaded again when needed."""
+        """Unload parts to free their memory. A part is loaded again on its next use."""
         for part in parts:
             self.__dict__.pop(part, None)
         if "cuda" in (self.device.type, self.text_device.type):
@@ -105,7 +106,7 @@ class Pipeline:
 
     @property
     def multiple(self):
-        """Sides of pictures must be a multiple of this many pixels: one patch of latents."""
+        """Sides of pictures must be a multiple of this, in pixels: the side of one patch."""
         return self.vae_config.factor * self.transformer_config.patch_size
 
     @property
@@ -115,9 +116,9 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_prompt(self, prompts):
-        """B prompts -> text (B, L, C) and text_mask (B, L), cut to the longest prompt: the rest would be masked.
+        """B prompts -> text (B, L, C) and text_mask (B, L), where L is the number of tokens of the longest prompt.
 
-        Prompts seen before are remembered, so that T5 can be freed before they are drawn again.
+        Embeddings are cached, so that T5 can be freed before sampling.
         """
         prompts = [clean_caption(prompt) for prompt in prompts]
         for prompt in sorted(set(prompts) - self._embeddings.keys()):
@@ -128,7 +129,7 @@ class Pipeline:
         return pad_rows([self._embeddings[prompt] for prompt in prompts])
 
     def remember(self, prompts):
-        """Encode prompts that will be wanted, and free T5, so that it is gone before the other parts come."""
+        """Encode and cache prompts for later use, then free T5, before the other parts need the memory."""
         self.encode_prompt(prompts)
         self.free("text_encoder")
 
@@ -145,7 +146,7 @@ class Pipeline:
         return finite(self.vae.decode(latents).float(), "the decoded picture").clamp(-1, 1)
 
     def noise(self, seeds, height=None, width=None):
-        """Starting noise (len(seeds), 4, h, w), one seed for each picture: drawn on the CPU, so the same everywhere."""
+        """Initial noise (len(seeds), 4, h, w), one seed per picture; drawn on the CPU, so the same for every device."""
         height = self.resolution if height is None else height
         width = self.resolution if width is None else width
         if any(not 0 < side <= LARGEST or side % self.multiple for side in (height, width)):
@@ -158,10 +159,10 @@ class Pipeline:
 
     @torch.no_grad()
     def sample(self, latents, text, text_mask, *, steps=20, guidance=4.5, negative_prompt=""):
-        """Yield (timestep, latents, guess of the clean latents) after each step from noise (B, 4, h, w).
+        """Yield (timestep, latents, estimate of the clean latents) after each step, starting from noise (B, 4, h, w).
 
         Classifier-free guidance (Ho & Salimans, 2022): ε = ε(empty) + guidance · (ε(prompt) − ε(empty)). A negative
-        prompt, what not to draw, takes the place of the empty one.
+        prompt (what not to draw) replaces the empty prompt.
         """
         if len(latents) != len(text):
             raise UserError(f"{len(latents)} latents for {len(text)} prompts; give one for each")
@@ -184,9 +185,9 @@ class Pipeline:
     @torch.no_grad()
     def generate(self, prompts, *, steps=20, guidance=None, height=None, width=None, seed=0, latents=None,
                  negative_prompt=""):  # fmt: skip
-        """One PIL image for each prompt. Prompt i starts from seed + i, or from `latents` (B, 4, h, w).
+        """One PIL image for each prompt. Prompt i starts from the noise of seed + i, or from latents[i] (4, h, w).
 
-        guidance: the model's own default (4.5 unless its folder says otherwise) if not given.
+        guidance: by default that of defaults.json, else 4.5. height, width: in pixels, by default `resolution`.
         """
         if isinstance(prompts, str) or not prompts:
             raise UserError(f"prompts must be a list of one str or more, not {prompts!r}")
@@ -209,7 +210,7 @@ class Pipeline:
 
 
 def finite(x, what):
-    """x, unless it holds NaN or infinity: that is an error, never a picture."""
+    """Return x; UserError if it holds NaN or infinity."""
     if not x.isfinite().all():
         kind = str(x.dtype).removeprefix("torch.")
         raise UserError(f"{what} became NaN or infinite in {kind}; use bfloat16 or float32, or check the weights")
@@ -217,6 +218,6 @@ def finite(x, what):
 
 
 def pad_rows(rows):
-    """Texts of different lengths, each (L_i, C), as one batch (B, L, C) with its mask (B, L)."""
+    """Pad texts (L_i, C) of different lengths to one batch (B, L, C) with its mask (B, L)."""
     mask = [row.new_ones(len(row), dtype=torch.int64) for row in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)

@@ -8,16 +8,16 @@ from dit.pictures import draw_table, open_picture, save_figure, square
 from dit.study import SCORES, Setting, spread
 from sparsecode.common import replacing
 
-LEFT_OUT = "ImageReward is left out: it takes --image-reward FOLDER, and weights/README.md says what belongs there."
+LEFT_OUT = "ImageReward is left out: add --image-reward FOLDER (weights/README.md says what it holds)."
 
 
 def scores_in(records):
-    """The names of the scores that all of them have."""
+    """The names of the scores that all records have."""
     return [score for score in SCORES if all(record.get(score) is not None for record in records)]
 
 
 def summarise(records):
-    """A row for each setting: every score's mean over subjects, then mean and deviation over the training seeds."""
+    """A dict for each setting: scores averaged over subjects, then mean and standard deviation over training seeds."""
     groups = {}
     for record in records:
         groups.setdefault(Setting.of(record), {}).setdefault(record["seed"], []).append(record)
@@ -34,7 +34,7 @@ def summarise(records):
 
 
 def compare(records, score, one, other):
-    """Mean of score(one) − score(other) over the trainings that differ in nothing else, and its standard error."""
+    """Mean and standard error of score(one) − score(other) over pairs of trainings with equal subject and seed."""
     values = {(Setting.of(r), r["subject"], r["seed"]): r[score] for r in records}
     gaps = [value - values[(other, *key[1:])] for key, value in values.items() if key[0] == one]
     return statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
@@ -126,7 +126,7 @@ def picture_rows(study, jobs):
 
 
 def write_report(study, jobs):
-    """Everything, into the study's folder; returns the table as text."""
+    """Write tables and plots into the study's folder; return the table as Markdown."""
     config, out = study.config, study.folder
     records = [study.record(job) for job in jobs]
     rows = summarise(records)
@@ -144,7 +144,7 @@ def write_report(study, jobs):
         swept = [row for row in sparse if row["setting"].density == config.densities[0]]
         plot_sweep(swept, "atoms", out / "atoms.png", f"the number of atoms, ρ = {config.densities[0]:g} (Table 2)")
     first = [job for job in jobs if job.subject is jobs[0].subject and job.seed in (config.seeds[0], None)]
-    shown = list({job.setting: job for job in first}.values())  # each once, also where --seeds names one twice
+    shown = list({job.setting: job for job in first}.values())  # without duplicates, even if --seeds has some
     draw_table(picture_rows(study, shown), out / "pictures.png", "the same noise, each setting")
     return text
 

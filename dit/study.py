@@ -1,11 +1,11 @@
-"""A study: every subject taught by every method, every prompt drawn, the pictures scored (§4.3, §4.4).
+"""A study: train every method on every subject, draw every prompt, score the pictures (§4.3, §4.4).
 
     study = Study(pipe, subjects, StudyConfig(epochs=30), "runs/study", clip=CLIP("weights/tiny/clip"))
     jobs = study.jobs(study.tune())
     study.run(jobs)
 
-Each job leaves a result and an adapter in the folder. What is there is not done again, and `torchrun` shares out the
-rest.
+Each job leaves a result and an adapter in the folder. Finished jobs are skipped, and `torchrun` divides the rest among
+its processes.
 """
 
 import json
@@ -28,7 +28,7 @@ from sparsecode import adapters, attach, detach, load_adapter, trainable
 from sparsecode.attach import METHODS
 from sparsecode.common import NUMBER, TEXT, UserError, read_json, remove_leftovers, replacing
 
-SCORES = ("alignment", "diversity", "fidelity", "image_reward")  # the last one only where ImageReward is there
+SCORES = ("alignment", "diversity", "fidelity", "image_reward")  # image_reward only with an ImageReward model
 SHOWN = 7  # pictures of a setting in pictures.png
 
 # The scores of Tables 1 and 2; Table 2 is at ρ = 0.01 and has no ImageReward.
@@ -47,10 +47,10 @@ PAPER = {
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What a study varies, and what all its trainings and drawings have in common. The defaults are the paper's.
+    """What a study varies, and the settings that all its jobs share. The defaults are the paper's.
 
     Sparse adapters are trained at each density with the first number of atoms, and at each number of atoms with the
-    first density. With several `lrs` each method takes the best one on the subjects `tune_on`, which then do not count.
+    first density. With several `lrs`, each method uses the best one on the subjects `tune_on`, which the table omits.
     """
 
     methods: tuple = tuple(METHODS)
@@ -66,7 +66,7 @@ class StudyConfig:
     gradient_checkpointing: bool = False
 
     def settings(self):
-        """Each once, the base model first."""
+        """All settings without duplicates, the base model first."""
         sparse = [(self.atoms[0], density) for density in self.densities]
         sparse += [(atoms, self.densities[0]) for atoms in self.atoms[1:]]
         found = [Setting("base")]
@@ -77,7 +77,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with what is varied of it; "base" is the model as it is."""
+    """A method with the options that a study varies; "base" is the model without adapter."""
 
     method: str
     atoms: int | None = None
@@ -116,9 +116,9 @@ class Job:
 
 
 class Study:
-    """A folder of results, and what it takes to add to it: a pipeline, subjects, and the models that score.
+    """A folder of results, and what adds to it: a pipeline, subjects, a config, and the models that score.
 
-    Diversity is measured by DINOv2 where there is one, else by CLIP; `image_reward` is left out where there is none.
+    Diversity is measured with `dino` if given, else with `clip`. Without `image_reward`, that score is left out.
     """
 
     def __init__(self, pipe, subjects, config, folder, *, clip, dino=None, image_reward=None):
@@ -127,24 +127,24 @@ class Study:
         self.scores = SCORES if image_reward else SCORES[:3]
 
     def check(self):
-        """Refuse settings that cannot be, by attaching each, and too many steps: before hours of work."""
+        """UserError for invalid settings (each is attached once) or too many steps, before hours of work."""
         sampling_timesteps(self.config.steps, self.pipe.schedule)
         for setting in self.config.settings()[1:]:
             attach(self.pipe.transformer, setting.method, **setting.options)
             detach(self.pipe.transformer)
 
     def sweep(self):
-        """Remove what a killed study left behind: half-written files, and checkpoints of trainings that had ended."""
+        """Remove what a killed study left behind: partly written files, and checkpoints of finished trainings."""
         for folder in (self.folder, self.folder / "results", self.folder / "adapters"):
             remove_leftovers(folder)
         for file in (self.folder / "adapters").glob("*.pt"):
             if file.with_suffix(".safetensors").exists():
                 file.unlink()
 
-    # ---- what is to be done -------------------------------------------------------------------------------------
+    # ---- planning -----------------------------------------------------------------------------------------------
 
     def tune(self):
-        """The learning rate of each method: {method: lr}, tried at its first setting on the held-out subjects."""
+        """{method: learning rate}, the best one at the method's first setting on the subjects `tune_on`."""
         config, firsts = self.config, {}
         for setting in config.settings()[1:]:
             firsts.setdefault(setting.method, setting)
@@ -171,7 +171,7 @@ class Study:
         return jobs + [Job(setting, subject, rates[setting.method], seed)
                        for seed in self.config.seeds for subject in counted for setting in adapted]  # fmt: skip
 
-    # ---- what is done -------------------------------------------------------------------------------------------
+    # ---- running ------------------------------------------------------------------------------------------------
 
     def file(self, job, suffix="json"):
         return self.folder / "results" / f"{job.name}.{suffix}"
@@ -183,7 +183,7 @@ class Study:
         return {name: record.get(name) for name in ("subject", "method", *optional, "parameters", "checksum")}
 
     def worth(self, job):
-        """What a learning rate is chosen by. One that diverged is worth nothing."""
+        """The criterion for a learning rate: alignment + fidelity, or −∞ if training diverged."""
         record = self.record(job)
         return -math.inf if record["alignment"] is None else record["alignment"] + record["fidelity"]
 
@@ -192,15 +192,15 @@ class Study:
             return False
         record = self.record(job)
         if record["checksum"] != job.subject.checksum():
-            raise UserError(f"{self.file(job)} is of other pictures, captions or prompts of {job.subject.name}; "
-                            "use another --out")  # fmt: skip
+            raise UserError(f"{self.file(job)} is a result of other pictures, captions or prompts "
+                            f"of {job.subject.name}; use another --out")  # fmt: skip
         diverged = record["alignment"] is None
         return may_diverge if diverged else all(record[score] is not None for score in self.scores)
 
     def run(self, jobs, title="customization", may_diverge=False):
-        """Do those that are not done, every process its share."""
+        """Run the jobs that are not done; each process takes its share."""
         todo = [job for job in jobs if not self.is_done(job, may_diverge)]
-        parallel.wait()  # until all have looked, since the first to begin will soon be done with one
+        parallel.wait()  # until all have this list: a finished job changes it
         share = todo[parallel.rank() :: parallel.world_size()]
         bar = tqdm(share, title, disable=parallel.bar_off())
         with parallel.alone():
@@ -231,7 +231,7 @@ class Study:
             temporary.write_text(json.dumps(record) + "\n")
 
     def teach(self, job):
-        """Train this job's adapter, unless it is there, and load it."""
+        """Train the job's adapter, unless its file exists, and load it."""
         file = self.folder / "adapters" / f"{job.name}.safetensors"
         config = TrainConfig.of(self.pipe, method=job.setting.method, **job.setting.options, lr=job.lr, seed=job.seed,
                                 epochs=self.config.epochs,
@@ -240,7 +240,7 @@ class Study:
         load_adapter(self.pipe.transformer, file)
 
     def draw(self, prompts):
-        """`pictures` pictures of each prompt, from noise that is the same for every job."""
+        """`pictures` pictures of each prompt, from the same noise for every job."""
         config = self.config
         every = [prompt for prompt in prompts for _ in range(config.pictures)]
         noise = self.pipe.noise(range(len(every)))  # (n, 4, h, w)
@@ -257,11 +257,11 @@ class Study:
         return dict(zip(SCORES, scores))
 
     def save_strip(self, job, pictures):
-        """One picture for each of some prompts, side by side, for pictures.png."""
+        """Save one picture for each of up to SHOWN prompts, side by side, for pictures.png."""
         strip = np.concatenate([np.asarray(picture) for picture in spread(pictures[:: self.config.pictures])], axis=1)
         save_picture(Image.fromarray(strip), self.file(job, "png"))
 
 
 def spread(items):
-    """Up to SHOWN of them, evenly from all."""
+    """Up to SHOWN of the items, evenly spaced."""
     return items[:: math.ceil(len(items) / SHOWN)]

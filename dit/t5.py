@@ -17,14 +17,14 @@ LONGEST = 10_000  # characters of a prompt; sentencepiece takes minutes for a hu
 
 
 def clean_caption(text):
-    """What training and sampling both do to a caption. More cleaning (as diffusers does with bs4) would eat `<v>`."""
+    """Normalise a caption, for training and sampling. The stronger cleaning of diffusers (bs4) would remove `<v>`."""
     return text.lower().strip()
 
 
 class Tokenizer:
-    """sentencepiece, and the special tokens, which a prompt can spell out just as in transformers' T5Tokenizer.
+    """T5's sentencepiece tokenizer. As in transformers' T5Tokenizer, a prompt may contain special tokens as text.
 
-    `extra_ids` tokens <extra_id_0>, <extra_id_1>, … stand after the vocabulary, in reverse (the released T5 has 100).
+    `extra_ids` tokens <extra_id_0>, <extra_id_1>, … follow the vocabulary in reverse order (the released T5 has 100).
     """
 
     def __init__(self, model_file, extra_ids=0):
@@ -44,14 +44,14 @@ class Tokenizer:
     def encode(self, prompt):
         """The token ids of one prompt, without an end token."""
         tokens = []
-        for part in self.special_text.split(prompt.replace("\x85", " ")):  # the one space that sentencepiece keeps
+        for part in self.special_text.split(prompt.replace("\x85", " ")):  # the only space that sentencepiece keeps
             tokens += [self.special[part]] if part in self.special else self.pieces.encode(part)
         return tokens
 
     def __call__(self, prompts, max_length=300):
         """A list of B prompts -> ids (B, max_length) and mask (B, max_length), both int64.
 
-        A prompt of more tokens is cut, with a warning that says what is lost.
+        A longer prompt is cut, with a warning that shows the lost text. UserError above 10,000 characters.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list of str, not the single str {prompts!r}")
@@ -126,7 +126,7 @@ class T5Encoder(nn.Module):
         return self.final_norm(x)  # (B, L, C)
 
     def position_bias(self, length):
-        """One learned number for each head and bucket of distances, exact near by and logarithmic far away."""
+        """(H, L, L): a learned number per head and distance bucket; buckets are exact near by, logarithmic far away."""
         buckets, longest = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
         position = torch.arange(length, device=self.embed.weight.device)
         distance = position[None, :] - position[:, None]  # (L, L): key minus query

@@ -1,8 +1,8 @@
 """The PixArt-Σ diffusion transformer: noisy latents, timesteps and text -> the noise in the latents.
 
 (B, 4, h, w) -> patches (B, N, C) -> num_layers × [self-attention, cross-attention to the text, MLP] -> (B, 8, h, w).
-The timestep shifts, scales and gates every block (adaLN-single). Channels 0–3 of the output are the noise, 4–7 a
-learned variance, which the sampler leaves aside. Names follow diffusers' PixArtTransformer2DModel where it reads well.
+The timestep shifts, scales and gates every block (adaLN-single; Chen et al., 2023). Channels 0–3 of the output are the
+noise, 4–7 a learned variance, which the sampler ignores. Most names are those of diffusers' PixArtTransformer2DModel.
 """
 
 import functools
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A number in [0, 1000) -> 128 cosines and 128 sines of it -> a vector of the model's width."""
+    """Timesteps (B,) in [0, 1000) -> 128 cosines and 128 sines of each -> (B, C)."""
 
     def __init__(self, width):
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
         tables = (self.scale_shift_table + modulation).chunk(6, dim=1)  # 6 × (B, 1, C)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = tables
         x = x + gate_1 * self.attn1(normalise(x) * (1 + scale_1) + shift_1)  # (B, N, C)
-        x = x + self.attn2(x, text, text_mask)  # (B, N, C); neither norm nor gate
+        x = x + self.attn2(x, text, text_mask)  # (B, N, C); no norm and no gate
         return x + gate_2 * self.ff(normalise(x) * (1 + scale_2) + shift_2)  # (B, N, C)
 
 
@@ -116,13 +116,13 @@ def normalise(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-@torch.compiler.assume_constant_result  # so that a compiled model does not make it anew
+@torch.compiler.assume_constant_result  # so that a compiled model does not rebuild it
 def position_table(width, h, w, base, scale, device=torch.device("cpu")):
     return _position_table(width, h, w, base, scale, device)
 
 
 @functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # what is kept must serve training too
+@torch.inference_mode(False)  # cached tensors must work in training too
 def _position_table(width, h, w, base, scale, device):
     """(h·w, width): half of the channels for x, half for y, each [sin | cos] (diffusers' get_2d_sincos_pos_embed)."""
     numbers = functools.partial(torch.arange, dtype=torch.float64, device="cpu")

@@ -1,7 +1,7 @@
 """The picture autoencoder of SDXL, which PixArt-Σ uses: pictures (B, 3, H, W) <-> latents (B, 4, H/f, W/f).
 
-A stack of residual blocks that halves the picture at each level but the last (f = 8 with four levels), and its
-mirror image. diffusers calls it AutoencoderKL; modules carry the names of its files.
+The encoder is a stack of residual blocks that halves height and width at each level but the last (f = 8 with four
+levels). The decoder mirrors it. Most names are those of diffusers' AutoencoderKL.
 """
 
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class ResidualBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """One attention head over all positions, in the middle of encoder and decoder."""
+    """One attention head over all positions (B, C, H, W), in the middle of encoder and decoder."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -72,7 +72,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then, at all levels but the last, the change to the next one."""
+    """Residual blocks at one resolution, then at all levels but the last a change of resolution."""
 
     def __init__(self, c_in, c_out, n_blocks, groups, down=False, up=False):
         super().__init__()
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
     def forward(self, images):
         x = self.conv_in(images)  # (B, 3, H, W) -> (B, C, H, W)
         for level in self.down_blocks:
-            x = level(x)  # halves H and W, but for the last level
+            x = level(x)  # halves H and W, except at the last level
         x = self.mid_block(x)  # (B, C', H/f, W/f)
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 8, H/f, W/f): mean and log-variance
 
@@ -120,12 +120,12 @@ class Decoder(nn.Module):
     def forward(self, latents):
         x = self.mid_block(self.conv_in(latents))  # (B, 4, H/f, W/f) -> (B, C', H/f, W/f)
         for level in self.up_blocks:
-            x = level(x)  # doubles H and W, but for the last level
+            x = level(x)  # doubles H and W, except at the last level
         return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 3, H, W)
 
 
 class AutoencoderKL(nn.Module):
-    """`encode` and `decode` speak of *scaled* latents, of about unit variance, as the transformer sees them."""
+    """`encode` returns and `decode` takes *scaled* latents, of about unit variance, as the transformer uses them."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

@@ -200,7 +200,7 @@ def test_sizes_beyond_64_bits(tmp_path):
 def test_a_pth_that_holds_more_than_tensors(tmp_path, held):
     torch.save({"state_dict": original_state(diffusers_transformer()), "more": held}, tmp_path / "a.pth")
     name = "argparse.Namespace" if isinstance(held, argparse.Namespace) else "numpy"
-    refused(load_transformer, tmp_path / "a.pth", "a.pth", f"holds {name}.* beside tensors")
+    refused(load_transformer, tmp_path / "a.pth", "a.pth", f"holds {name}.* besides tensors")
 
 
 def test_nulls_and_class_name_of_the_released_config(tmp_path):

@@ -33,7 +33,7 @@ def test_closed_streams(tiny, tmp_path, closed):
 
 def test_the_tiny_model_is_not_installed_with_a_wheel(tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(cli, "TINY", tmp_path / "weights" / "tiny")
-    assert "comes with a clone of the repository" in mistake(sample, "a star", "--out", tmp_path / "x.png")
+    assert "clone the repository and run pip install" in mistake(sample, "a star", "--out", tmp_path / "x.png")
 
 
 def test_an_interrupt_during_the_imports(tmp_path):

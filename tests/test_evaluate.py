@@ -692,14 +692,14 @@ def test_two_processes_give_the_same(options, finished, tmp_path):
 
 # Arguments (after good ones, which they override) and words of the line that they must give.
 MISTAKES = {
-    "--subjects {tmp}/absent": "prompts_and_classes.txt is no text file",
-    "--subjects {tmp}/no_prompts": "prompts_and_classes.txt is no text file",
-    "--subjects {tmp}/latin": "prompts_and_classes.txt is no text file",
+    "--subjects {tmp}/absent": "prompts_and_classes.txt is missing or not UTF-8",
+    "--subjects {tmp}/no_prompts": "prompts_and_classes.txt is missing or not UTF-8",
+    "--subjects {tmp}/latin": "prompts_and_classes.txt is missing or not UTF-8",
     "--subjects {tmp}/no_class": "names no class for dragon; add a line dragon,<class>",
     "--subjects {tmp}/no_list": "lists no classes or no prompts",
     "--subjects {tmp}/no_folders": "holds no folders of pictures",
     "--subjects {tmp}/no_pictures": "holds no pictures",
-    "--tune-on nobody --lrs 0.1 0.2": "--tune-on nobody: there is no such subject; choose of blob, owl, puss, rex_2",
+    "--tune-on nobody --lrs 0.1 0.2": "--tune-on nobody: there is no such subject; choose from blob, owl, puss, rex_2",
     "--lrs 0.1 0.2": "belong together",
     "--tune-on owl": "belong together",
     "--tune-on owl --lrs 0.1": "belong together",

@@ -230,7 +230,7 @@ def test_weights_that_are_not_all_there(clip, dino, tmp_path, capfd):
 @pytest.mark.parametrize("damage, words", [
     ({"leave_out": ["mlp.layers.7.bias"]}, "mlp.layers.7.bias"),
     ({"leave_out": ["blip.visual_encoder.pos_embed"]}, "blip.visual_encoder.pos_embed"),
-    ({"blip.visual_encoder.extra": torch.zeros(1)}, "holds blip.visual_encoder.extra, which is no part of ImageReward"),
+    ({"blip.visual_encoder.extra": torch.zeros(1)}, "blip.visual_encoder.extra, which is not part of ImageReward"),
     ({"mlp.layers.7.bias": torch.zeros(2)}, "size mismatch"),
     ({"blip.text_encoder.embeddings.LayerNorm.bias": Image.new("RGB", (1, 1))}, "UnpicklingError"),
 ])  # fmt: skip

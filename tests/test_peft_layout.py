@@ -8,11 +8,8 @@ import os
 import sys
 from contextlib import nullcontext
 
-import peft
 import pytest
 import torch
-from diffusers import FluxPipeline, PixArtTransformer2DModel
-from diffusers.loaders import PeftAdapterMixin
 from safetensors.torch import load_file, save_file
 from small_model import SmallModel, shake
 from test_transformer import diffusers_transformer, inputs, relative, run_theirs
@@ -21,6 +18,7 @@ from dit.checkpoint import load_transformer
 from sparsecode import UserError, adapters, attach, load_adapter, read_header, save_adapter, set_scale, trainable
 from sparsecode.peft_layout import CONFIG, WEIGHTS
 
+peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
 NOISE = 0.1  # in place of training. At 0.3 logits reach 10,000, by which diffusers' mask falls short of −∞.
 OPTIONS = {"lora": dict(r=4, alpha=6), "dora": dict(r=4, alpha=6), "oft": dict(blocks=4)}
 TARGETS = {
@@ -216,7 +214,7 @@ def test_ranks_and_alphas_are_those_of_each_layer(folder, tmp_path):
 # ---- one file, as diffusers' trainers write it ------------------------------------------------------------------
 
 
-class WithPeft(PixArtTransformer2DModel, PeftAdapterMixin):
+class WithPeft(diffusers.PixArtTransformer2DModel, diffusers.loaders.PeftAdapterMixin):
     """What diffusers gives the transformers of its other pipelines."""
 
 
@@ -239,7 +237,7 @@ def trained_in_diffusers(target_modules=AUTHORS, method="lora", **changes):
 def save_for_pipeline(model, folder, with_config):
     config = model.peft_config["default"].to_dict() if with_config else None
     tensors = peft.get_peft_model_state_dict(model)
-    FluxPipeline.save_lora_weights(folder, tensors, transformer_lora_adapter_metadata=config)
+    diffusers.FluxPipeline.save_lora_weights(folder, tensors, transformer_lora_adapter_metadata=config)
     return folder / "pytorch_lora_weights.safetensors"
 
 

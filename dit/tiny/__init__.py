@@ -1,1 +1,1 @@
-"""What makes and examines the tiny model: its world, its subjects, its training, its judge."""
+"""The data, training and evaluation of the tiny model."""

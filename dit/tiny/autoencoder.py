@@ -21,7 +21,7 @@ def middle(thing):
 
 
 def train_vae(args, folder):
-    """Half scenes, a quarter creatures, a quarter procedural photographs, so that other pictures survive it as well."""
+    """Train on half scenes, a quarter creatures, a quarter synthetic photographs, so that other pictures work too."""
     rng = rng_of("vae", args.seed, 0)
     half, quarter = args.vae_pictures // 2, args.vae_pictures // 4
     scenes = [sample_scene(rng) for _ in range(half)]
@@ -31,7 +31,7 @@ def train_vae(args, folder):
         pool.append(draw_parts(sample_creature(rng), *spot, 64))
         middles.append(middle(Thing("creature", *spot[1:])))
     pool += [natural_image(rng) for _ in tqdm(range(quarter), desc="photographs", disable=None)]
-    middles = np.array(middles + [(32, 32)] * quarter)  # (n, 2): where to cut out the crops
+    middles = np.array(middles + [(32, 32)] * quarter)  # (n, 2): the centres of the crops
     pool = to_bytes(pool)  # (n, 3, 64, 64)
 
     torch.manual_seed(args.seed)
@@ -50,7 +50,7 @@ def train_vae(args, folder):
         images = images.to(args.device).float() / 127.5 - 1  # (B, 3, side, side)
         images = images.flip(3) if rng.random() < 0.5 else images
         if rng.random() < 0.3:
-            images = images[:, torch.from_numpy(rng.permutation(3))]  # colours that the scenes do not have
+            images = images[:, torch.from_numpy(rng.permutation(3))]  # colours that scenes do not have
         images = images.contiguous(memory_format=torch.channels_last)
         mean, logvar = vae.posterior(images)
         noise = torch.from_numpy(rng.standard_normal(mean.shape, dtype=np.float32)).to(args.device)

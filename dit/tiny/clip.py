@@ -1,4 +1,4 @@
-"""A small CLIP that scores what `dit.evaluate` draws: is the picture what the prompt says, is it the subject?"""
+"""A small CLIP for `dit.evaluate`: does a picture show what the prompt says, and does it show the subject?"""
 
 import json
 import string
@@ -36,9 +36,9 @@ def clip_tokenizer(args):
 
 
 def clip_pool(args, vae):
-    """Pictures and what they show, for CLIP to be trained on: half scenes, half creatures in two scenes each.
+    """Training pictures for CLIP, and what they show: half scenes, half creatures with two views each.
 
-    Returns images (2·half, 3, 64, 64) as uint8, of which every other one went through the autoencoder, and scenes.
+    Returns images (2·half, 3, 64, 64) as uint8 and a list of scenes. Every second image went through the autoencoder.
     The views of creature i are at half + 2i and half + 2i + 1.
     """
     rng = rng_of("clip pool", args.seed, 0)
@@ -60,8 +60,8 @@ def clip_pool(args, vae):
 
 
 def train_clip(args, vae, folder):
-    """A small CLIP: every picture is to find its caption among a batch's, every caption its picture, and every
-    creature itself in another scene, so that the cosine of two pictures says whether they show the same one.
+    """Train a small CLIP contrastively: in a batch, match pictures and captions, and match the two views of each
+    creature, so that the cosine of two pictures tells whether they show the same one.
     """
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -73,11 +73,11 @@ def train_clip(args, vae, folder):
     config = CLIPConfig(text_config=shape | ends | text, vision_config=shape | vision, projection_dim=64)
     torch.manual_seed(args.seed)
     model = CLIPModel(config).to(args.device)
-    table = position_table(128, 8, 8, 8, 1.0)  # (64, 128): CLIP's own start, 35 times smaller, leaves places unseen
+    table = position_table(128, 8, 8, 8, 1.0)  # (64, 128); CLIP's own init, 35 times smaller, fails to learn places
     model.vision_model.embeddings.position_embedding.weight.data[1:] = table
     images, scenes = clip_pool(args, vae)
     half = len(images) // 2
-    alike = defaultdict(list)  # scenes that differ in things and places alone, which are the hard ones to tell apart
+    alike = defaultdict(list)  # scenes of equal background and pattern, which are hard to tell apart
     for i, scene in enumerate(scenes[:half]):
         alike[scene.background, scene.pattern].append(i)
     groups = list(alike.values())

@@ -1,4 +1,4 @@
-"""Edits, measured on the subjects that ship: did the edit happen, and is the subject still there?"""
+"""Measure edits of the five subjects: did the edit happen, and is the subject still there?"""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ SECOND = ("strawberry", "duck", "star")  # things that the model knows
 
 @dataclass(frozen=True)
 class Edit:
-    """What a picture of a subject should show; `kind` says what is changed, "same" if nothing is."""
+    """What a picture of a subject should show; `kind` names what is changed, "same" if nothing."""
 
     kind: str
     subject: str
@@ -43,7 +43,7 @@ class Edit:
 
 
 class SubjectPicture:
-    """A shipped picture of a subject, and what is known of it: its place, its background, which pixels are its own."""
+    """One of the five pictures of a subject, with its background, size, place and the pixels of the subject."""
 
     def __init__(self, folder, name, number, side):
         self.name, self.file = name, Path(folder) / name / f"{number:02}.png"
@@ -59,12 +59,12 @@ class SubjectPicture:
         return to_tensor([square(drawn, self.picture.shape[1])])[0]
 
     def mask_of(self, place, size):
-        """The pixels (side, side) that are subject alone: those that are the same on two backgrounds."""
+        """(side, side), True at pixels of the subject: those that are equal on a white and a black background."""
         white, black = (self.draw(background, place, size) for background in ("white", "black"))
         return (white - black).abs().amax(0) < 0.1
 
     def edits(self):
-        """Other backgrounds, patterns and places, the other size, and a second thing where there is room for it."""
+        """Other backgrounds, patterns and places, the other size, and a second thing where there is room."""
         changes = [("background", {"background": other}) for other in BACKGROUNDS if other != self.background]
         changes += [("pattern", {"pattern": pattern}) for pattern in PATTERNS[1:]]
         changes += [("place", {"place": other}) for other in PROMPT_PLACES if other != self.place]
@@ -74,9 +74,9 @@ class SubjectPicture:
         return [replace(self.same, kind=kind, **change) for kind, change in changes]
 
     def kept(self, images, place, size=None, reach=3):
-        """How much of the subject is left: the correlation of its pixels, as drawn there, with the pictures'.
+        """How much of the subject is left: the correlation between the pictures and the true subject, over its pixels.
 
-        images (B, 3, side, side) -> (B,), 1 for all of it. The best of all shifts by up to `reach` pixels counts.
+        images (B, 3, side, side) -> (B,), at most 1. It is the maximum over shifts of up to `reach` pixels.
         """
         mask = self.mask_of(place, size or self.size)  # (side, side)
         subject = standardise(self.draw("white", place, size)[:, mask].flatten())  # (3·pixels,)
@@ -96,7 +96,7 @@ def standardise(x):
 def follows(judge, images, edit):
     """images (B, 3, 64, 64) -> (B,) bool: whether the judge sees the edit's background, pattern, places and thing.
 
-    The subject itself is unknown to the judge. A second thing must be among the two likeliest things.
+    The judge does not know the subject itself. A second thing must be one of the two most likely things.
     """
     answers = judge(images)
     places = {edit.place, edit.opposite} if edit.second else {edit.place}

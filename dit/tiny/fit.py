@@ -12,9 +12,9 @@ from sparsecode.common import replacing
 def fit(name, module, loss, *, steps, lr, folder, muon=(), ema=0.999, decay=0.3, every=500):
     """Minimise `loss(step) -> scalar` and return `module` with the averaged (EMA) weights.
 
-    AdamW trains all parameters but the matrices in `muon`, which `Muon` trains at twice the learning rate. The rate
-    warms up over 100 steps, stays, and falls to zero over the last `decay` of the steps. The batch of a step depends on
-    the step alone, so a checkpoint (every `every` steps, in `folder`) needs no random state.
+    `Muon` trains the matrices in `muon` at twice the learning rate, AdamW the other parameters. The rate warms up over
+    100 steps, stays constant, and falls to zero over the last share `decay` of the steps. The batch depends only on the
+    step, so a checkpoint (every `every` steps, in `folder`) needs no random state.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.pt"
@@ -94,5 +94,5 @@ def orthogonal(matrix):
 
 
 def rng_of(stage, seed, step):
-    """A generator for one step of one stage, another one in each process."""
+    """A NumPy generator for one step of one stage, different in each process."""
     return np.random.default_rng([sum(map(ord, stage)), seed, step, parallel.rank()])

@@ -1,4 +1,4 @@
-"""The last stage: the transformer, on the frozen autoencoder's latents and the frozen text encoder's captions."""
+"""The stage of the transformer: trained on latents and text embeddings of the frozen autoencoder and text encoder."""
 
 import numpy as np
 import torch
@@ -15,12 +15,12 @@ from dit.transformer import PixArtTransformer
 from sparsecode.common import replacing
 
 HEADS = 4
-THING_WEIGHT = 3.0  # of the error where things are: most of a picture is background, which is learned within minutes
+THING_WEIGHT = 3.0  # weight of the error at things; most of a picture is background, which is learned quickly
 
 
 @torch.no_grad()
 def cached_scenes(args, vae, tokenizer, encoder, folder):
-    """Latents of `--pictures` scenes, where their things are, and embeddings of two captions each: made once."""
+    """Latents of `--pictures` scenes, masks of their things, embeddings of two captions each; cached in `folder`."""
     file = folder / "scenes.pt"
     if parallel.rank() == 0 and not file.exists():
         rng, factor = rng_of("scenes", args.seed, 0), vae.config.factor
@@ -55,7 +55,7 @@ def train_transformer(args, vae, tokenizer, encoder, folder):
     torch.manual_seed(args.seed)
     model = PixArtTransformer(config).to(args.device)
     for block in model.transformer_blocks:
-        nn.init.zeros_(block.attn2.to_out.weight)  # the text joins in when it is of use
+        nn.init.zeros_(block.attn2.to_out.weight)  # at first the text has no influence
     nn.init.normal_(model.timestep_modulation.weight, std=0.02)
     nn.init.zeros_(model.proj_out.weight)
     schedule = SchedulerConfig()
@@ -70,7 +70,7 @@ def train_transformer(args, vae, tokenizer, encoder, folder):
         mask = mask[:, : mask.sum(1).max()]
         text = data["text"][row, : mask.shape[1]].float()
         latents = data["latents"][pick].float()
-        # Half of the timesteps from the middle, where the things take shape; late in training from where edges do.
+        # Half of the timesteps are from the middle, where things take shape; late in training, from where edges do.
         early = step < 0.6 * args.steps
         low, high = (200, 800) if early else (50, 600)
         t = np.where(rng.random(args.batch_size) < 0.5, rng.integers(0, schedule.num_train_timesteps, args.batch_size),
@@ -80,7 +80,7 @@ def train_transformer(args, vae, tokenizer, encoder, folder):
         t, noise, latents, text, mask, weight = (
             x.to(args.device) for x in (torch.from_numpy(t), noise, latents, text, mask, weight)
         )
-        # The error of x_0 rather than of ε, bounded: a caption says nearly all of a picture, so high t can be learned.
+        # Weights for the error of x_0 instead of ε, clamped: captions fix most of a picture, so large t can be learned.
         weight = weight * (1 / alpha.to(args.device)[t] ** 2).clamp(max=40.0 if early else 8.0)[:, None, None]
         predicted = model(add_noise(latents, noise, t, schedule), t, text, mask)[:, : latents.shape[1]]
         return (weight * (predicted - noise).square().mean(1)).mean()

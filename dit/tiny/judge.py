@@ -1,4 +1,4 @@
-"""Does a picture show what its caption says? A small classifier of scenes, trained on fresh renderings, judges.
+"""A small classifier that judges whether a picture shows what its caption says, trained on rendered scenes.
 
 python -m dit.tiny.judge                                  the tiny model, on seen and withheld combinations
 python -m dit.tiny.judge --adapter runs/robot/adapter.safetensors
@@ -29,7 +29,7 @@ CLASSES = {"thing": THINGS, "background": tuple(BACKGROUNDS), "pattern": PATTERN
 class Judge(nn.Module):
     """64×64 pictures (B, 3, 64, 64) in [-1, 1] -> logits for each question about a scene.
 
-    "thing" and "place" are asked of every thing in the picture: two of either may have high logits.
+    If a picture has two things, two logits of "thing" and two of "place" may be high.
     """
 
     def __init__(self, width=32):
@@ -48,7 +48,7 @@ class Judge(nn.Module):
 
 
 def labels(scenes):
-    """The right answers: question -> (B, number of classes), 1 at what is there and 0 elsewhere."""
+    """The right answers: {question: (B, number of classes)}, 1 at what is there and 0 elsewhere."""
     there = {name: torch.zeros(len(scenes), len(values)) for name, values in CLASSES.items()}
     for i, scene in enumerate(scenes):
         for thing in scene.things:
@@ -61,9 +61,9 @@ def labels(scenes):
 
 @torch.no_grad()
 def right(judge, images, scenes):
-    """question -> (B,) bool, whether the judge sees in each picture what its scene says, and "joint": all of it.
+    """{question: (B,) bool}: whether the judge sees in each picture what its scene says; "joint" means all of it.
 
-    Of n things that a scene holds, the n likeliest must be the right ones; so also of the places.
+    For a scene of n things, the n most likely things must be the right ones, and so for the places.
     """
     answers, correct = judge(to_tensor(images)), {}
     for name, wanted in labels(scenes).items():
@@ -73,20 +73,20 @@ def right(judge, images, scenes):
 
 
 def captions_to_judge(n, withheld, two_things=0.0, seed=0):
-    """n scenes whose combinations are (or are not) withheld from training, and a caption of each that says all."""
+    """n scenes of combinations that are (or are not) withheld from training, and a complete caption of each."""
     rng = np.random.default_rng([seed, withheld])
     scenes = [sample_scene(rng, withheld, two_things) for _ in range(n)]
     return scenes, [caption(scene, rng, say_place=True) for scene in scenes]
 
 
 def score(pipe, judge, scenes, captions, seed=0, **options):
-    """Shares of the generated pictures that show the right thing, background, pattern, place, and all (joint)."""
+    """Generate the captions; return {question: share of right pictures}, with "joint" for all, and the pictures."""
     images = pipe.generate(captions, seed=seed, **options)
     return {name: hits.float().mean().item() for name, hits in right(judge, images, scenes).items()}, images
 
 
 def train_judge(args, vae, folder):
-    """On fresh renderings, on what the autoencoder makes of them, and a little noise: it will see generated ones."""
+    """Train on new renderings with noise, half of them through the autoencoder, since it judges generated pictures."""
     torch.manual_seed(args.seed)
     judge = Judge().to(args.device)
 
@@ -115,7 +115,7 @@ def save_judge(judge, folder):
 
 
 def load_judge(folder):
-    """The judge that ships with a tiny pipeline."""
+    """The Judge in a folder of a tiny pipeline, such as weights/tiny/judge. UserError if there is none."""
     file = Path(folder) / "model.safetensors"
     if not file.exists():
         raise UserError(f"{folder} has no judge; only the tiny model that dit.tiny.pretrain makes has one")
@@ -128,9 +128,9 @@ def main(argv=None):
     parser = Parser(prog="python -m dit.tiny.judge", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="judge the model with this adapter")
-    parser.add_argument("--pictures", type=whole, default=400, help="of seen, of withheld combinations, of two things")
-    parser.add_argument("--guidance", type=float, nargs="+", help="the model's default, or several to compare")
-    parser.add_argument("--steps", type=whole, default=20)
+    parser.add_argument("--pictures", type=whole, default=400, help="of each kind of caption (default: 400)")
+    parser.add_argument("--guidance", type=float, nargs="+", help="one or more scales (default: the model's own)")
+    parser.add_argument("--steps", type=whole, default=20, help="steps of the sampler (default: 20)")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--out", type=Path, help="save up to 48 pictures of withheld combinations, captioned")
     args = parser.parse_args(argv)
@@ -152,7 +152,7 @@ def main(argv=None):
 
 
 def captioned(images, captions, side=128, columns=8):
-    """Pictures side by side, each over its own caption."""
+    """One PIL image of all pictures in `columns` columns, each above its caption."""
     gap, text_height, font = 12, 74, ImageFont.load_default(12)
     rows = math.ceil(len(images) / columns)
     canvas = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (side + text_height)), "white")

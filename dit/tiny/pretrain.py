@@ -1,8 +1,8 @@
-"""Train a tiny PixArt-Σ from nothing, on scenes: `python -m dit.tiny.pretrain --out runs/tiny`.
+"""Train a tiny PixArt-Σ from scratch, on scenes: `python -m dit.tiny.pretrain --out runs/tiny`.
 
     tokenizer -> autoencoder -> text encoder -> transformer -> judge -> clip
 
-With `--resume` a stage whose part is in `--out` is skipped, and one that was interrupted goes on from its checkpoint.
+With `--resume`, finished stages (in `--out`) are skipped and an interrupted one continues from its checkpoint.
 The order is that of the real model: autoencoder and text encoder are trained first, on their own, and stay frozen.
 On a CPU two processes of one thread each are the fastest: OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m …
 """
@@ -24,8 +24,8 @@ from dit.tiny.judge import save_judge, train_judge
 from dit.tiny.text import train_text, train_tokenizer
 from sparsecode.common import UserError, read_json, replacing
 
-# What travels with the model as its defaults.json: the guidance (dit.tiny.judge sees no difference from 1.5 to 3) and
-# the fine-tuning settings that draw a new subject within half a minute on two CPU cores.
+# The content of the model's defaults.json: the guidance (dit.tiny.judge sees no difference from 1.5 to 3), and
+# fine-tuning settings that teach a new subject in half a minute on two CPU cores.
 DEFAULTS = {"guidance": 2.0, "finetune": {"epochs": 40, "batch_size": 4, "lr": 0.001, "lr_schedule": "inverse-square"}}
 
 
@@ -34,16 +34,16 @@ def parse(argv=None):
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/tiny"), help="folder for the pipeline")
     add("--work", type=Path, default=Path("runs/pretrain"), help="folder for checkpoints, caches and losses")
-    add("--resume", action="store_true", help="go on with what is in --out and --work")
+    add("--resume", action="store_true", help="continue from the files in --out and --work")
     add("--vae-steps", type=whole, default=3600)
     add("--vae-pictures", type=whole, default=12000)
     add("--text-steps", type=whole, default=4000)
-    add("--pictures", type=whole, default=48000, help="scenes that the transformer is trained on")
-    add("--width", type=whole, default=128, help="of the transformer")
-    add("--layers", type=whole, default=8, help="of the transformer")
-    add("--batch-size", type=whole, default=32, help="of the transformer, for each process")
-    add("--lr", type=positive, default=1e-3, help="of the transformer")
-    add("--steps", type=whole, default=8000, help="of the transformer")
+    add("--pictures", type=whole, default=48000, help="training scenes of the transformer")
+    add("--width", type=whole, default=128, help="width of the transformer")
+    add("--layers", type=whole, default=8, help="blocks of the transformer")
+    add("--batch-size", type=whole, default=32, help="batch size of the transformer, for each process")
+    add("--lr", type=positive, default=1e-3, help="learning rate of the transformer")
+    add("--steps", type=whole, default=8000, help="training steps of the transformer")
     add("--judge-steps", type=whole, default=4000)
     add("--clip-steps", type=whole, default=3500)
     add("--clip-pictures", type=whole, default=16000)
@@ -56,7 +56,7 @@ def parse(argv=None):
 
 
 def check_folders(args):
-    """Refuse folders that hold something else, and a --resume of a run with other settings."""
+    """UserError if the folders hold files without --resume, or files of a run with other settings."""
     free = {"out", "work", "resume", "device"}
     settings = {name: value for name, value in vars(args).items() if name not in free}
     file = args.work / "settings.json"
@@ -68,7 +68,7 @@ def check_folders(args):
                 raise UserError(f"{args.work} belongs to a run with {option} {then.get(name)}, not {value}")
     elif not args.resume and any(f.exists() and any(f.iterdir()) for f in (args.out, args.work)):
         raise UserError(f"{args.out} or {args.work} holds files; add --resume to go on, or name new folders")
-    parallel.wait()  # until all have looked
+    parallel.wait()  # until all have checked
     if parallel.rank() == 0:
         write_json(settings, file)
 
@@ -79,7 +79,7 @@ def write_json(content, path):
 
 
 def stage(there, train, save):
-    """Train on all processes and save on the first, unless what is saved is there already."""
+    """Train in all processes and save in the first one, unless the path `there` exists."""
     if not there.exists():
         trained = train()
         if parallel.rank() == 0:
@@ -113,7 +113,7 @@ def main(argv=None):
 
 
 def save_clip(parts, folder):
-    """All of it, or nothing."""
+    """Save all parts or none: the complete folder gets its name last."""
     for part in parts:
         part.save_pretrained(folder.with_name(".clip"))
     os.replace(folder.with_name(".clip"), folder)

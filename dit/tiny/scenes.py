@@ -1,8 +1,8 @@
 """The world of the tiny model: captioned 64×64 pictures of 100 things, and pictures to train its autoencoder.
 
 A scene is one or two things (name, size, place) on a background (colour, pattern). About an eighth of the combinations
-of thing and background colour, and of the pairs of things, never occur in training, so that one can ask whether the
-model composes or remembers. Another 112 things never occur at all.
+of thing and background colour, and of the pairs of things, never occur in training, to test whether the model composes
+or memorises. Another 112 things never occur at all.
 
     scene = sample_scene(np.random.default_rng(0))
     caption(scene, rng)  ->  "a fox at the top left on a striped blue background"
@@ -47,8 +47,8 @@ BACKGROUNDS = {
     "orange": (250, 190, 136), "purple": (194, 156, 220), "white": (228, 230, 233), "black": (72, 74, 82),
 }  # fmt: skip
 PATTERNS = ("plain", "striped", "checked")
-# Side of a thing in pixels of 64, and how far from the middle of the picture its centre is on each axis. Whole latents
-# of 4 pixels: a thing looks the same to the autoencoder wherever it stands.
+# Side of a thing, and distance of its centre from that of the picture on each axis, in pixels of 64. All edges are at
+# multiples of 4 pixels, one latent, so that a thing looks the same to the autoencoder at every place.
 SIZES = {"large": 40, "small": 24}
 OFFSET = {"large": 12, "small": 16}
 PLACES = {
@@ -79,7 +79,7 @@ class Scene:
 
 
 def is_withheld(*words):
-    """True for the (about 12 % of) combinations of words that are never drawn for training; the same everywhere."""
+    """True for about 12 % of the combinations of words: those that training never draws. Deterministic."""
     return zlib.crc32(" ".join(words).encode()) % 8 == 0
 
 
@@ -90,7 +90,7 @@ def withheld_parts(scene):
 
 
 def sample_scene(rng, withheld=False, two_things=0.3):
-    """A random scene with only (or with no) combinations that are withheld from training; some have two things."""
+    """A random scene; all (or none) of its combinations are withheld from training. `two_things` is a probability."""
     n = 2 if rng.random() < two_things else 1
     while True:
         names = rng.choice(THINGS, size=n, replace=False)
@@ -102,7 +102,7 @@ def sample_scene(rng, withheld=False, two_things=0.3):
 
 
 def _overlap(things):
-    """Whether two things cover each other by more than the empty rim of 4 pixels that pictures have."""
+    """Whether the boxes of two things overlap by more than 4 pixels, the empty rim of the pictures."""
     if len(things) < 2:
         return False
     a, b = (thing.box for thing in things)
@@ -120,8 +120,8 @@ SENTENCES = (
 
 
 def caption(scene, rng, say_place=None):
-    """One of many wordings of the scene. Unless told, one in six leaves the places unsaid, and "small" or "large" may
-    be left out where there are two things; a single thing without a size is large."""
+    """A random wording of the scene. By default, one in six does not name the places. If there are two things, their
+    sizes may be left out too; a single thing without a size is large."""
     if say_place is None:
         say_place = rng.random() < 5 / 6
     say_size = len(scene.things) == 1 or rng.random() < 0.5
@@ -184,7 +184,7 @@ def draw_background(colour, pattern, size):
 
 
 def natural_image(rng, size=64):
-    """Dead leaves: overlapping shaded discs and boxes of all sizes, whose edges and power spectrum resemble those of
+    """A "dead leaves" image: overlapping discs and boxes of all sizes, with edges and a power spectrum like those of
     photographs (Lee, Mumford & Huang, 2001). It teaches the autoencoder pictures that are not scenes."""
     side = size * 2
     canvas = Image.new("RGB", (side, side), tuple(int(c) for c in rng.integers(0, 256, 3)))
@@ -198,7 +198,7 @@ def natural_image(rng, size=64):
         pen = ImageDraw.Draw(canvas)
         pen.ellipse(box, fill=rgb) if rng.random() < 0.7 else pen.rectangle(box, fill=rgb)
     picture = np.asarray(canvas.reduce(2), dtype=np.float32)
-    # A smooth light and a fine grain: large gradients and texture, which flat leaves lack.
+    # Add smooth lighting and fine grain, which flat leaves lack.
     grid = np.linspace(-1, 1, size)
     light = 1 + rng.uniform(-0.35, 0.35) * grid[:, None, None] + rng.uniform(-0.35, 0.35) * grid[None, :, None]
     coarse = Image.fromarray(rng.normal(0, 1, (size // 4, size // 4)).astype(np.float32))

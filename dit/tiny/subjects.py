@@ -1,8 +1,8 @@
 """Five characters that the tiny model has never seen, to fine-tune it on: robot, owl, cat, rocket and snail.
 
-Of cat and rocket it knows the class: it draws others by that name. Robot, owl and snail are new words to it.
-A character is a list of parts, painted from back to front. A part is (polygons, rgb) in [-1, 1]², the first polygon
-filled, the others cut out. Each character has five pictures that differ in background, place and size.
+It knows the words cat and rocket, and draws other cats and rockets. Robot, owl and snail are new words to it.
+A character is a list of parts, painted from back to front. A part is (polygons, rgb) in [-1, 1]²: the first polygon is
+filled, the others are holes. Each character has five pictures that differ in background, place and size.
 
     draw_subject("owl", "blue", "large", "top left")     ->  PIL image, 256 × 256
     subject_caption("owl", "blue", "large", "top left")  ->  "an owl at the top left on a blue background"
@@ -29,7 +29,7 @@ def oval(x, y, rx, ry=None):
 
 
 def box(x, y, rx, ry):
-    """A rectangle with round corners: a circle pushed towards its square."""
+    """A rectangle with round corners, as a polygon."""
     return np.sign(CIRCLE) * np.abs(CIRCLE) ** 0.35 * (rx, ry) + (x, y)
 
 
@@ -40,7 +40,7 @@ def heart(x, y, r):
 
 
 def arc(x, y, r, start, end, grow=0.0):
-    """Points on a circle from angle to angle, in turns clockwise from the right; with `grow`, on a spiral."""
+    """Points on a circle between two angles (in turns, clockwise from the right); with `grow`, on a spiral."""
     t = np.linspace(start, end, 48)
     r = r + grow * (t - start)
     return np.stack([x + r * np.cos(2 * np.pi * t), y + r * np.sin(2 * np.pi * t)], 1)
@@ -56,7 +56,7 @@ def stroke(points, width):
 
 
 def between(polygon, top, bottom):
-    """The slice of a polygon without hollows between two heights."""
+    """The slice of a convex polygon between two heights."""
     return polygon[(polygon[:, 1] > top) & (polygon[:, 1] < bottom)]
 
 
@@ -186,7 +186,7 @@ SUPERSAMPLE = 4
 
 
 def draw_subject(name, background, size, place, side=256):
-    """The character on a plain background, as large and where things of the scenes are; side × side pixels."""
+    """The character on a plain background, with the sizes and places of scenes: a PIL image, side × side pixels."""
     return draw_parts(SUBJECTS[name], background, size, place, side)
 
 
@@ -199,7 +199,7 @@ def draw_parts(parts, background, size, place, side):
 
 
 def paint(canvas, polygons, rgb, centre, radius):
-    """Fill the first polygon, cut out the others, and draw the rim in a darker shade. Polygons live in [-1, 1]²."""
+    """Fill the first polygon, cut out the others, and draw the rim in a darker shade. Polygons are in [-1, 1]²."""
     side = canvas.size[0]
     scaled = [np.asarray(p) * radius * side + centre * side for p in polygons]
     mask = Image.new("L", canvas.size)
@@ -213,7 +213,7 @@ def paint(canvas, polygons, rgb, centre, radius):
 
 
 def sample_creature(rng, parts=10):
-    """Parts of a character that nobody has seen: a large body, and smaller outlines in other colours on it."""
+    """The parts of a random character: a large body, and smaller shapes in other colours on it."""
     shapes = [oval(0, 0, 1), box(0, 0, 1, 1), heart(0, 0, 1), np.array([(0, -1), (1, 0.85), (-1, 0.85)])]
     creature = []
     for i in range(parts):
@@ -235,9 +235,9 @@ def subject_caption(name, background, size, place):
 
 
 def write_subjects(folder):
-    """<folder>/<name>/01.png and 01.txt to 05.png and 05.txt for each subject, and the prompts that dit.evaluate draws.
+    """Write <folder>/<name>/01.png, 01.txt, … 05.png, 05.txt for each subject, and the prompts for dit.evaluate.
 
-    These are in DreamBooth's format: five places on each of five backgrounds, {0} a token (unused here), {1} the name.
+    The prompts are in DreamBooth's format: five places on five backgrounds, {0} for a token (unused), {1} for the name.
     """
     prompts = [f"'a {{0}} {{1}} {where(place)} on a {background} background'.format(unique_token, class_token)"
                for place in PROMPT_PLACES for background in PROMPT_BACKGROUNDS]  # fmt: skip

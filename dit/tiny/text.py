@@ -13,7 +13,7 @@ from dit.tiny.fit import fit, rng_of
 from dit.tiny.scenes import BACKGROUNDS, PATTERNS, PLACES, SIZES, THINGS, UNSEEN, caption, sample_scene
 from sparsecode.common import replacing
 
-# Nouns beyond the things of scenes, so that prompts can speak of others, and the words that captions are made of.
+# OTHERS are nouns that are not things of scenes, so that prompts can use them too. WORDS are all words of captions.
 OTHERS = (
     """
 robot boat plane bird monster wizard king queen child man woman face head eye toy bowl can vase sneaker plushie cartoon
@@ -34,7 +34,7 @@ orange shaped floating top bottom left right middle centre red green blue yellow
 
 
 def train_tokenizer(args, folder):
-    """A unigram sentencepiece model with T5's special tokens: pad 0, end of sentence 1, unknown 2."""
+    """Train a unigram sentencepiece model with T5's special tokens: pad 0, end of sentence 1, unknown 2."""
     import sentencepiece
 
     rng = rng_of("tokenizer", args.seed, 0)
@@ -53,8 +53,8 @@ SPLITS = [len(values) + 1 for values in ANSWERS.values()] * 2 + [len(BACKGROUNDS
 
 
 class TextReader(nn.Module):
-    """The encoder with the heads that it is trained by and that are thrown away: every token must know what the whole
-    caption says (two things, background, pattern, which words occur) and which token it is itself."""
+    """The encoder with its training heads, which are discarded later. Each token must tell what the whole caption says
+    (two things, background, pattern) and which token it is; the mean over tokens must tell which words occur."""
 
     def __init__(self, config):
         super().__init__()
@@ -65,7 +65,7 @@ class TextReader(nn.Module):
 
 
 def labelled_caption(rng):
-    """A caption and what it says, 0 = unsaid. In one of five another noun replaces a thing's name."""
+    """A caption and its labels, 0 if not said. With probability 0.2 another noun replaces the name of a thing."""
     scene = sample_scene(rng)
     text = caption(scene, rng)
     labels = []

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 5. From noise and a sentence to a picture
 #
-# **The question.** How does one network turn pure noise and a sentence into a picture? It is asked twenty times, "which
-# part of this is noise?", and each time a little of that part is taken away:
+# **The question.** How does one network turn pure noise and a sentence into a picture? We ask it twenty times: "which
+# part of this is noise?" Each time we take away a little of what it names:
 #
 # ![Five steps from noise to a strawberry, and what the model expects at each](figures/05_denoising.png)
 #
@@ -10,8 +10,17 @@
 # No strawberry on blue was in the training pictures.*
 #
 # The network is **PixArt-Σ** (Chen et al., 2024), the model that the paper fine-tunes. Here it is small: 2.3 million
-# parameters instead of 610 million, but every part is there. You need lesson [2](02_attention_as_dictionary.md) for
-# attention. This lesson takes about 10 seconds on two CPU cores, 5 with `--quick`.
+# parameters instead of 610 million, but every part is there. These are the parts, in the order of this lesson's
+# sections:
+#
+#     encoder        picture                            →  latent, a smaller picture
+#     text encoder   sentence                           →  vectors, one for each word
+#     network        latent with noise, t, vectors      →  the noise in the latent
+#     sampler        noise, 20 questions to the network →  latent
+#     decoder        latent                             →  picture
+#
+# You need lesson [2](02_attention_as_dictionary.md) for attention. This lesson takes about 10 seconds on two CPU cores,
+# 5 with `--quick`.
 
 # %%
 from pathlib import Path
@@ -38,10 +47,15 @@ for parameter in model.parameters():
 # %% [markdown]
 # ## Latents: the small picture that the network sees
 #
-# A picture of 64 × 64 pixels has 12,288 numbers. Most of them can be guessed from their neighbours, so the network does
-# not work on pixels. An **autoencoder** has two halves, trained together: the **encoder** turns a picture into few
-# numbers, the **decoder** turns them back. These few numbers are the **latent** of the picture. Here it has 4 channels
-# of 16 × 16. (The autoencoder is a VAE, as in lesson [4](04_mnist_vae.md).)
+# A picture of 64 × 64 pixels has 12,288 numbers. Most of them can be guessed from their neighbours. So the network does
+# not work on pixels. An **autoencoder** has two halves that are trained together. The **encoder** turns a picture into
+# few numbers, the **decoder** turns them back into a picture. These few numbers are the **latent** of the picture. Here
+# it has 4 channels of 16 × 16. (The autoencoder is a VAE, as in lesson [4](04_mnist_vae.md).)
+#
+# How much is lost on the way? We measure the likeness of two pictures by their **PSNR**, the peak signal-to-noise
+# ratio, in decibels (dB). At 20 dB the mean error is 10 % of the range from black to white, at 40 dB it is 1 %.
+#
+# **Predict:** the latent has far fewer numbers than the picture. What will the decoded picture have lost?
 
 # %%
 scene = scenes.Scene((scenes.Thing("strawberry", "large", "top left"),), "blue")
@@ -52,7 +66,7 @@ decoded = pipe.decode(latent)  # (1, 3, 64, 64)
 
 
 def psnr(image, other):
-    """Likeness of two pictures in dB: 20 dB is a mean error of 10 % of the range, 40 dB of 1 %."""
+    """In dB, for pictures from -1 to 1"""
     return -10 * torch.log10(((image - other) / 2).square().mean()).item()
 
 
@@ -63,7 +77,8 @@ figure = draw.latent(picture[0], latent[0], decoded[0])
 lesson.show(figure, "05_latent", "A picture, its latent, and the decoded picture")
 
 # %% [markdown]
-# *The four channels are no colours, but they are still a small picture: the strawberry stays in its place.*
+# *The four channels are not colours, but each is still a small picture: the strawberry stays in its place. Compare the
+# seeds in the first and the last picture to see what is lost.*
 #
 # ## What is trained: guess the noise
 #
@@ -71,18 +86,20 @@ lesson.show(figure, "05_latent", "A picture, its latent, and the decoded picture
 #
 # $$x_t = α_t x_0 + σ_t ε, \qquad α_t^2 + σ_t^2 = 1$$
 #
-# $ε$ (epsilon) is noise: each number is drawn from a normal distribution. $α_t$ is the share of the picture and $σ_t$
-# that of the noise. At $t = 0$ there is nearly no noise, at $t = 999$ nearly nothing else.
+# $ε$ (epsilon) is noise: each of its numbers is drawn from the standard normal distribution. $α_t$ says how much of the
+# picture is left, and $σ_t$ how much noise there is. At $t = 0$ there is nearly no noise, at $t = 999$ nearly nothing
+# else. The table of all $α_t$ and $σ_t$ is the **schedule**. It is fixed, not learned.
 #
 # The network gets $x_t$, $t$ and the sentence, and must guess $ε$. The loss is one line, the mean squared error:
 #
 # $$\lVert \mathrm{model}(x_t, t, \mathrm{text}) - ε \rVert^2$$
 #
 # That is all of the training: draw a picture, a timestep and noise at random, and take a step that lowers this loss.
-# Who knows the noise knows the picture as well, because the first equation can be solved for it:
-# $x_0 = (x_t - σ_t ε) / α_t$.
+# (The network gives 8 channels. The first 4 are $ε$; the others are a guess of its variance, which nothing here uses.)
 #
-# **Predict:** from which of these five can the model still guess the strawberry?
+# A guess of the noise is also a guess of the picture: solve the first equation for $x_0 = (x_t - σ_t ε) / α_t$.
+#
+# **Predict:** we add noise of five strengths to the strawberry. From which can the model still guess the picture?
 
 # %%
 alpha, sigma = alphas_sigmas(pipe.schedule)  # (1000,) each
@@ -91,7 +108,7 @@ noise = pipe.noise([0])  # (1, 4, 16, 16)
 rows, noisy, guesses = [], [], []
 for t in (50, 250, 500, 750, 950):
     x = alpha[t] * latent + sigma[t] * noise  # (1, 4, 16, 16)
-    epsilon = model(x, torch.tensor([t]), text, mask)[:, :4]  # (1, 4, 16, 16); channels 4 to 7 are not used
+    epsilon = model(x, torch.tensor([t]), text, mask)[:, :4]  # (1, 4, 16, 16)
     loss = mse_loss(epsilon, noise)
     library = noise_error(model, latent, torch.tensor([t]), noise, text, mask, pipe.schedule)
     assert torch.allclose(loss, library, atol=1e-5)
@@ -109,14 +126,18 @@ figure = draw.picture_rows({"with\nnoise": to_pil(torch.cat(noisy)), "guess": to
 lesson.show(figure, "05_noise", "The strawberry with more and more noise, and what the model guesses from it")
 
 # %% [markdown]
-# Noise is *easiest* to guess when there is nothing else, so the loss falls with $t$. Guessing the *picture* gets harder
-# with $t$. At $t = 500$ the eye sees nothing but noise, and the model still finds the strawberry:
-# it also knows the sentence. At $t = 950$ only a red spot is left.
+# Two columns of the table go opposite ways. The *noise* is easiest to guess when there is nothing else, so the loss
+# falls with $t$. The *picture* is harder to guess with each $t$. How can both be true? An error of the noise becomes an
+# error of the picture, times $σ_t / α_t$. At $t = 50$ this factor is 0.2, at $t = 950$ it is 97.
+#
+# Look at $t = 500$: the eye sees only noise, but the guess of the model is already close. The model has help, because
+# it also knows the sentence.
 #
 # ## The sentence becomes vectors
 #
-# The sentence is cut into **tokens**, words or parts of words. A **text encoder** (T5) gives each token one vector.
-# T5 has attention too, so each vector has already read the whole sentence. This happens once for each sentence.
+# The sentence is cut into **tokens**: words, or parts of words. A **text encoder** (T5) turns each token into one
+# vector. T5 has attention too, so each vector knows of the whole sentence. T5 runs once for each sentence, not in every
+# step.
 
 # %%
 ids, _ = pipe.tokenizer([prompt])  # (1, 300), padded
@@ -124,13 +145,15 @@ words = [pipe.tokenizer.pieces.id_to_piece(i).strip("▁") for i in ids[0, : tex
 print(f"{' | '.join(words)}: {text.shape[1]} tokens, a vector of {text.shape[2]} numbers each")
 
 # %% [markdown]
-# `</s>` ends every sentence.
+# The last token, `</s>`, ends every sentence.
 #
 # ## One block, line by line
 #
-# The latent is cut into 8 × 8 patches of 2 × 2, and each becomes an **image token** of $C = 128$ numbers. Then come
-# eight equal **blocks**, and in the end each token is turned back into its patch. We look into block 3. A hook catches
-# what goes in and what comes out.
+# The latent is cut into 8 × 8 patches of 2 × 2. A linear layer turns each patch into an **image token** of $C = 128$
+# numbers, and the position of the patch is added to it, as sines and cosines. Then come eight **blocks**. They have the
+# same form, but each has weights of its own. A last linear layer turns each token back into its patch.
+#
+# We look into block 3. A hook catches what goes in and what comes out.
 
 # %%
 seen = {}
@@ -141,24 +164,29 @@ model(noisy, t, text, mask)
 hook.remove()
 
 # %% [markdown]
+# A block has three parts: self-attention, cross-attention, and two linear layers (`ff`). **Self-attention** lets the
+# patches look at each other, so that they draw one thing together. **Cross-attention** lets each patch look at the
+# words, so that it knows what to draw. Its queries come from the patches, its keys and values from the words.
+#
 # How does a block know the timestep? Removing a lot of noise is a different task from removing a little. So the
 # timestep *tunes* the block:
 #
 # 1. $t$ becomes cosines and sines, and a small network makes a vector of them.
-# 2. One linear layer turns this vector into six: two **shifts**, two **scales**, two **gates**.
-# 3. A part of the block first normalises its input (each token to mean 0 and variance 1), then scales and shifts it.
-#    What comes out is multiplied by the gate: a gate near zero switches the part off.
+# 2. One linear layer turns this vector into six: a **shift**, a **scale** and a **gate** for the self-attention, and
+#    the same three for the two linear layers.
+# 3. Before such a part, each token is normalised to mean 0 and variance 1, multiplied by 1 + scale, and shifted.
+# 4. After it, the result is multiplied by the gate. A gate of zero switches the part off.
 #
-# This is called **adaLN**, adaptive layer normalisation. In older models each block has a linear layer of its own for
-# point 2. PixArt has only a **single** one for all blocks, hence **adaLN-single**. Each block adds only a small table,
-# six vectors that are learned, to the six vectors that all blocks share:
+# This is called **adaLN**, adaptive layer normalisation. In DiT, the model before PixArt, each block has a linear layer
+# of its own for point 2. PixArt has a **single** one that all blocks share: **adaLN-single**. A block can still differ
+# from the others, because it adds a small table of its own to the six shared vectors: six vectors that are learned.
 
 # %%
 time = model.timestep_embedder(t)  # (1, C)
 shared = model.timestep_modulation(silu(time)).unflatten(1, (6, -1))  # (1, 6, C), the same for all blocks
 block, C = model.transformer_blocks[3], time.shape[1]
 shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (block.scale_shift_table + shared).split(1, dim=1)  # (1, 1, C)
-words_in = model.caption_projection(text)  # (1, L, C_text) -> (1, L, C)
+words_in = model.caption_projection(text)  # (1, L, C_text) -> (1, L, C), the same for all blocks
 
 x = seen["x"]  # (1, N, C), N = 64 image tokens
 h = layer_norm(x, (C,), eps=1e-6) * (1 + scale_1) + shift_1  # (1, N, C)
@@ -169,32 +197,40 @@ x = x + gate_2 * block.ff(h)  # two linear layers with a curve (GELU) between, f
 lesson.check("by hand and by the library, largest difference", (x - seen["out"]).abs().max().item(), (0, 1e-4))
 
 # %% [markdown]
-# Every line has the form $x + \mathrm{something}$: a block does not replace the tokens, it adds to them. That is why an
-# adapter may add to them as well (lesson [6](06_finetune.md)). The paper's adapter sits beside `attn1`.
+# Three lines have the form $x + \mathrm{something}$: a block does not replace the tokens, it adds to them. That is why
+# an adapter may add to them as well (lesson [6](06_finetune.md)). The paper's adapter sits beside `attn1`.
 #
-# How much does "single" save? In the large PixArt-Σ, $C = 1152$, and one such linear layer has $6 C (C + 1)$
-# parameters. And is the timestep really needed? We can lie about it: the noise is that of $t = 250$, but we say
-# something else.
-#
-# **Predict:** which lie is worse, too little noise or too much?
+# How much does "single" save? The large PixArt-Σ has 28 blocks and $C = 1152$. One such linear layer has $6 C (C + 1)$
+# parameters, and 27 of the 28 are saved. That is about a third of what the whole model has, 610 million:
 
 # %%
 lesson.check("27 linear layers saved, in million parameters", 27 * 6 * 1152 * 1153 / 1e6, (215, 216), form=".0f")
+
+# %% [markdown]
+# Is the timestep really needed? We can lie about it: we add the noise of $t = 250$, but tell the model another $t$.
+#
+# **Predict:** which lie is worse, too small a $t$ or too large a $t$?
+
+# %%
 n = 8 if lesson.quick else 32
 many = torch.cat([pipe.noise([seed]) for seed in range(n)])  # (n, 4, 16, 16)
 texts, masks, latents = text.expand(n, -1, -1), mask.expand(n, -1), latent.expand(n, -1, -1, -1)
 x = add_noise(latents, many, torch.full((n,), 250), pipe.schedule)  # (n, 4, 16, 16)
 lies = {said: mse_loss(model(x, torch.full((n,), said), texts, masks)[:, :4], many).item() for said in (50, 250, 750)}
-lesson.table(("we say t =", "error of the noise, true t = 250"), list(lies.items()))
-lesson.check("too little said: error, times that of the truth", lies[50] / lies[250], (15, 45), form=".0f")
-lesson.check("too much said: error, times that of the truth", lies[750] / lies[250], (20, 60), form=".0f")
+lesson.table(("told t =", "error of the noise, true t = 250"), list(lies.items()))
+lesson.check("told too small a t: error, times that of the truth", lies[50] / lies[250], (15, 45), form=".0f")
+lesson.check("told too large a t: error, times that of the truth", lies[750] / lies[250], (20, 60), form=".0f")
 
 # %% [markdown]
+# Both lies harm a lot: without the right $t$ the model cannot tell noise from picture.
+#
 # ## Cross-attention: which patch looks at which word
 #
-# The sentence enters through `attn2` alone. It is the attention of lesson 2, but the keys and values come from the
-# words: $A$ has a row for each image token and a column for each word. Each row sums to 1. We take the mean over heads,
-# over blocks 1 to 7, and over a few noises, and draw for each word how much each patch looks at it.
+# The sentence enters through `attn2` alone. There $A$ has a row for each image token and a column for each word. Each
+# row sums to 1, so it says how a patch shares out its attention. We take the mean over heads, over noises, and over all
+# blocks but the first. Then we draw for each word how much each patch looks at it.
+#
+# **Predict:** which patches look at "strawberry"? And which at "blue"?
 
 # %%
 maps = []
@@ -221,27 +257,39 @@ figure = draw.word_maps(picture[0], attention.T.unflatten(1, (8, 8)), words)
 lesson.show(figure, "05_cross_attention", "For each word, which patches look at it more than the mean patch")
 
 # %% [markdown]
-# *Red: looks at this word more than the mean patch. Blue: less.* Do not read too much into it. Each vector has read the
-# whole sentence, so even the vector of "a" may carry the place or the colour. The map says which *vector* is used.
+# *Red: this patch looks at the word more than the mean patch does. Blue: less.*
+#
+# Do not read too much into these maps. Each vector knows of the whole sentence, so even the vector of "a" may carry the
+# place or the colour. A map says which *vector* is used, not what it says.
 #
 # ## Guidance: exaggerate what the sentence changes
 #
-# During training one caption in ten was replaced by the empty sentence. So the same network can be asked twice: for the
-# noise $ε_\mathrm{text}$ with the sentence, and for $ε_\mathrm{empty}$ without. **Classifier-free guidance** (Ho &
-# Salimans, 2022) goes on in the direction from the second to the first, by a factor $w$:
+# During training one caption in ten was replaced by the empty sentence. So we can ask the same network twice: for the
+# noise $ε_\mathrm{text}$ with the sentence, and for the noise $ε_\mathrm{empty}$ with the empty one.
+# **Classifier-free guidance** (Ho & Salimans, 2022) takes their difference times a **strength** $w$:
 #
-# $$ε = ε_\mathrm{empty} + w \, (ε_\mathrm{text} - ε_\mathrm{empty})$$
+# $$ε = ε_\mathrm{empty} + w (ε_\mathrm{text} - ε_\mathrm{empty})$$
 #
-# Why is this the *right* difference? The best guess of the noise points away from likely pictures: one can show that
-# $ε = -σ ∇ \log p(x)$, where $∇ \log p(x)$ is the direction in which pictures get more likely. So the difference is
+# Why is this the *right* difference? Write $x$ for the noisy latent, $α$ and $σ$ for those of its timestep, and
+# $∇ \log p(x)$ for the direction in which $x$ gets more likely.
 #
-# $$-σ \left( ∇ \log p(x | \mathrm{text}) - ∇ \log p(x) \right) = -σ ∇ \log p(\mathrm{text} | x)$$
+# 1. If the clean picture $x_0$ is known, $x$ is normal around $α x_0$, so
+#    $∇ \log p(x | x_0) = -(x - α x_0) / σ^2 = -ε / σ$.
+# 2. Many pictures may lie behind $x$. Take the mean of both sides over all of them. The left side becomes
+#    $∇ \log p(x)$. On the right, the mean of $ε$ is the best guess of the noise. So
+#    $ε_\mathrm{empty} = -σ ∇ \log p(x)$.
+# 3. With the sentence, in the same way, $ε_\mathrm{text} = -σ ∇ \log p(x | \mathrm{text})$. The difference is
 #
-# The last step is Bayes' rule: $p(x | \mathrm{text}) = p(\mathrm{text} | x) \, p(x) / p(\mathrm{text})$, and
-# $p(\mathrm{text})$ has no $x$ in it. So what is common to all pictures cancels. The rest is the direction in which the
-# picture fits the sentence better, and nothing else. $w = 1$ uses it as it is; $w = 2$ counts the sentence twice.
+# $$ε_\mathrm{text} - ε_\mathrm{empty} = -σ ∇ \log \frac{p(x | \mathrm{text})}{p(x)} = -σ ∇ \log p(\mathrm{text} | x)$$
 #
-# First: does the sentence help at all? The error at $t = 500$, with the right caption, none, and a wrong one:
+# The last step is Bayes' rule: $p(x | \mathrm{text}) / p(x) = p(\mathrm{text} | x) / p(\mathrm{text})$, and
+# $p(\mathrm{text})$ does not depend on $x$.
+#
+# So what is common to all pictures cancels. What is left is the direction in which $x$ fits the sentence better, and
+# nothing else. With $w = 1$ it is added once: that is the plain model. With $w = 2$ the sentence counts twice.
+#
+# First: does the sentence help at all? We print the error at $t = 500$ with the right caption, with none, and with a
+# wrong one:
 
 # %%
 errors = {}
@@ -254,13 +302,14 @@ lesson.check("nothing told: error, times that with the right caption", nothing /
 lesson.check("wrong caption: error, times that with the right one", wrong / right, (20, 80), form=".0f")
 
 # %% [markdown]
-# Now draw with different $w$. A small classifier that ships with the model, the **judge**, says whether thing,
-# background, pattern and place are as the caption says.
+# Now we draw with different $w$. A small classifier ships with the model. This **judge** says whether thing,
+# background, pattern and place of a picture are as its caption says.
 #
 # **Predict:** does more guidance always help?
 
 # %%
-judge, strengths = load_judge(weights / "judge"), (0, 1, 2, 4, 10)
+judge = load_judge(weights / "judge")
+strengths = 0, 1, 2, 4, 10
 tasks = captions_to_judge(4 if lesson.quick else 20, withheld=False)  # scenes, captions
 sampler = {"steps": 6 if lesson.quick else 10}
 table, drawn, joint = [], [], []
@@ -276,23 +325,24 @@ figure = draw.picture_rows({"": drawn}, [row[0] for row in table])
 lesson.show(figure, "05_guidance", "The same noise and sentence with five strengths of guidance")
 
 # %% [markdown]
-# $w = 0$ ignores the sentence, and nothing is right. $w = 1$ is enough for the judge, but look at the strawberry: its
-# seeds are missing, and with $w = 2$ they are there. $w = 10$ leaves the pictures that the model has learned: colours
-# become harsh, shapes break, and half of the pictures are wrong. The tiny model uses $w = 2$.
+# $w = 0$ ignores the sentence, so almost nothing is right. $w = 10$ leaves the pictures that the model has learned:
+# colours become harsh, shapes break, and the judge finds fewer pictures right. In between the judge sees little
+# difference. Compare the details of the strawberry there. The tiny model's own $w$ is in `pipe.defaults`.
 #
 # ## The sampler's loop
 #
 # Now all parts are there. Start from pure noise at $t = 999$. In each step:
 #
-# 1. ask for the noise, with guidance;
-# 2. solve for the clean picture, $x_0 = (x_t - σ_t ε) / α_t$. It is a guess, and at first a bad one;
-# 3. so do not jump there: put the *same* noise back, a little less of it: $x_{t'} = α_{t'} x_0 + σ_{t'} ε$.
+# 1. Ask for the noise $ε$, with guidance.
+# 2. Solve for the clean picture: $x_0 = (x_t - σ_t ε) / α_t$. It is a guess, and at first a bad one.
+# 3. So do not jump there. Go to the next, smaller timestep $t'$: add the *same* $ε$ again, but less of it,
+#    $x_{t'} = α_{t'} x_0 + σ_{t'} ε$.
 #
-# This is **DDIM**, the simplest sampler:
+# This is **DDIM** (Song et al., 2021), the simplest sampler:
 
 # %%
 (empty,), _ = pipe.encode_prompt([""])
-both, both_mask = pad_rows([empty, text[0]])  # (2, L, C_text), (2, L)
+both, both_mask = pad_rows([empty, text[0]])  # (2, L, C_text), (2, L): both questions in one batch
 w = pipe.defaults["guidance"]
 times = sampling_timesteps(20 if lesson.quick else 50, pipe.schedule).tolist()  # 999, 979, …, 20
 x, by_hand = noise, []  # (1, 4, 16, 16)
@@ -305,8 +355,11 @@ for t, t_next in zip(times, [*times[1:], None]):
     by_hand.append(x)
 
 # %% [markdown]
-# The library's sampler, **DPM-Solver++** (Lu et al., 2022), also looks at the guess of the step before, and continues
-# its trend. So it needs fewer steps. Its first step has nothing to look back at: there it must equal ours.
+# The library's sampler, **DPM-Solver++** (Lu et al., 2022), also looks back at the guess of $x_0$ in the step before,
+# and continues the trend. So it needs fewer steps. Its first step has nothing to look back at, so there it must equal
+# ours.
+#
+# **Predict:** do our many simple steps and the library's 20 end at the same picture?
 
 # %%
 first = next(pipe.sample(noise, text, mask, steps=len(times), guidance=w))[1]  # (1, 4, 16, 16)
@@ -330,33 +383,34 @@ figure = draw.picture_rows(rows, [f"step {i + 1}, t = {steps[i][0]}" for i in co
 lesson.show(figure, "05_denoising", "Five steps from noise to a strawberry, and what the model expects at each")
 
 # %% [markdown]
-# The guess begins with the background and a dark spot at the right place. Outlines come next, and the seeds come last.
-# This order is a property of the noise: a little noise hides details, only a lot of it hides large areas.
+# Read the row of guesses from left to right: large areas come first, then outlines, and details such as the seeds come
+# last. This order is a property of the noise: a little noise hides details, only a lot of it hides large areas.
 #
 # ## Where it stops being true
 #
 # - **A latent is not the picture.** What the decoder cannot draw, no training of the transformer brings back.
-# - **$ε = -σ ∇ \log p$ holds for the best possible guess.** The real model is only near it, and large $w$ enlarges
-#   its errors too. This is why $w = 10$ breaks pictures.
-# - **A map over words is no explanation.** See above: vectors have read the whole sentence.
-# - **Unknown words.** T5 gives a vector for any word. The tiny model knows 100 things; asked for a robot, it draws some
-#   mixture. Lesson 6 teaches it one.
+# - **Guidance is exact only for the best possible guess.** The real model is only near it, and a large $w$ enlarges its
+#   errors too. Besides, nobody has trained it for what comes out with $w > 1$.
+# - **A map over words is no explanation.** Each vector knows of the whole sentence.
+# - **Unknown words.** T5 gives a vector for any word. The tiny model knows 100 things, and a robot is not among them.
+#   Asked for one, it draws some mixture. Lesson [6](06_finetune.md) teaches it a robot.
 #
 # ## Exercises
 #
 # 1. Why does the sampler not jump to $x_0$ in its first step?
-# 2. What is $ε$ with $w = 1$? And with $w = 0$? How much does the second question cost?
-# 3. In the block by hand, set `gate_1` to zero. Which part of the block is off? Could the model still place things?
+# 2. What is $ε$ with $w = 1$? And with $w = 0$? How much time does guidance cost?
+# 3. In the block by hand, set `gate_1` to zero. Which part of the block is off? Do the patches still know where they
+#    are?
 #
 # <details>
 # <summary>Answers</summary>
 #
-# 1. The first guess is the mean of all pictures that fit the sentence, so it is blurred. Each later step sees less
-#    noise, chooses among fewer pictures, and the guess sharpens.
-# 2. $ε_\mathrm{text}$, the plain model; and $ε_\mathrm{empty}$, a model that ignores the sentence. Guidance asks two
-#    questions in each step, so it doubles the time.
-# 3. Self-attention. Patches could not tell each other anything in this block. Each still knows its own position, which
-#    is added to the tokens at the start, and reads the words; so yes, but a thing's parts would not fit together.
+# 1. The first guess is the mean of all pictures that fit the sentence, so it is blurred. In each later step there is
+#    less noise, so fewer pictures are possible, and the guess gets sharper.
+# 2. With $w = 1$ it is $ε_\mathrm{text}$, the plain model. With $w = 0$ it is $ε_\mathrm{empty}$, a model that ignores
+#    the sentence. Guidance asks the network twice in each step, so it doubles the time.
+# 3. The self-attention is off, so in this block the patches cannot look at each other. They still know where they are,
+#    because the position was added to the tokens before the first block. They also still read the words.
 #
 # </details>
 #

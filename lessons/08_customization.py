@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 8. How well was a subject learned? Three scores
 #
-# **The question.** A model learns a subject from five pictures. Then it must draw it wherever one asks for it. How does
-# one measure whether it can? And do the paper's claims hold here: does a sparse dictionary follow prompts better than
+# **The question.** A model learns a robot from five pictures. Then it must draw this robot in new scenes. How can one
+# measure whether it does? And do the paper's claims hold here: does a sparse dictionary follow prompts better than
 # LoRA, and what do more atoms bring?
 #
 # ![A robot at five places, as it should be and as four models draw it](figures/08_pictures.png)
@@ -10,16 +10,17 @@
 # *Top: how the robot should look. Below: the model before it has learned the robot, and after, by LoRA and
 # two sparse dictionaries.*
 #
-# You need lesson [6](06_finetune.md). It takes about 70 seconds on two CPU cores, 20 with `--quick`.
+# You need lesson [6](06_finetune.md). This lesson takes about 70 seconds on two CPU cores, 20 with `--quick`.
 #
 # ## The words
 #
 # - A **subject** is one particular thing, given by a few pictures. To learn to draw it in new scenes is
 #   **customisation**.
-# - Our subject is a robot. The tiny model has never seen one: to it, "robot" is an unknown word.
-# - We ask for it in 25 scenes: five places times five colours of the background. Few occur in the five pictures.
+# - Our subject is a robot. In the training of the tiny model no picture ever came with this word.
+# - We ask for it in 25 scenes: five places times five colours of the background. At most five of them are in the
+#   training pictures.
 #
-# A good result has three sides, and the paper has a score for each:
+# What makes a good result? Three things, and the paper has a score for each:
 #
 # | score | what it asks | how it is computed |
 # |---|---|---|
@@ -27,13 +28,15 @@
 # | **fidelity** | Is it the subject? | mean cosine of each picture with the subject's own pictures |
 # | **diversity** | Do the pictures differ? | the Vendi score, below |
 #
-# All three need numbers for pictures that can be compared. They come from **CLIP**: two networks, one for pictures and
-# one for texts. Each gives 64 numbers, a vector of length 1. Both were trained together on captioned pictures, so that
-# a picture's vector lies close to that of its own caption. For vectors of length 1, the product is the **cosine** of
-# the angle between them: 1 means the same direction, 0 means that they have nothing in common.
+# All three compare vectors, not pixels. The vectors come from **CLIP**: two networks, one for pictures and one for
+# texts. Each gives a vector of length 1. Both were trained together on pictures with captions, so that the vector of a
+# picture lies close to the vector of its own caption. For vectors of length 1, the dot product is the **cosine** of the
+# angle between them: 1 means the same direction, 0 means that they have nothing in common.
 #
-# The tiny model ships with a CLIP of its own, trained on the same small world. Does it work? We draw 100 new scenes and
-# ask it which of the 100 captions belongs to which picture.
+# The tiny model ships with a CLIP of its own, trained on the same small world. Does it work? We draw 100 new scenes.
+# For each picture we look for the nearest of the 100 captions: the one with the highest cosine.
+#
+# **Predict:** how often is this the picture's own caption? (By chance: once in 100 pictures.)
 
 # %%
 from pathlib import Path
@@ -72,17 +75,22 @@ lesson.show(figure, "08_clip", "Five pictures, five captions, and the cosine of 
 # %% [markdown]
 # *The cosine of each picture with each caption. A picture's own caption is in bold.*
 #
+# The bold numbers also give the scale of alignment. A picture and its own caption are far from a cosine of 1: compare
+# with them when you read the scores below.
+#
 # ## Diversity: how many different pictures?
 #
-# Let $V$ be the vectors of $n$ pictures, and $K = V V^T$ the cosines of all pairs. The eigenvalues of $K/n$ add up to
-# 1, so they are like shares. Two extreme cases:
+# Let $V$ be the vectors of $n$ pictures, one for each row, and $K = V V^T$ the cosines of all pairs. The eigenvalues of
+# $K/n$ are never negative and add up to 1, so they are like shares. Two extreme cases:
 #
 # - All pictures are equal: one eigenvalue is 1, all others are 0.
 # - All pictures have nothing in common: each of the $n$ eigenvalues is $1/n$.
 #
 # The **Vendi score** is $\exp(-\sum_i p_i \log p_i)$, where $p_i$ are these shares. It is 1 in the first case and $n$
-# in the second: it counts pictures, and those that resemble each other count less. (The exponent is the *entropy* of
-# the shares.) The paper takes the vectors of another network, DINOv2, for it; we take CLIP's.
+# in the second. So it counts pictures, and pictures that resemble each other count less. (The exponent is the *entropy*
+# of the shares.) For this score the paper takes the vectors of another network, DINOv2. We take CLIP's.
+#
+# **Predict:** four different pictures, each 25 times, make 100 pictures. What is their score?
 
 # %%
 four = seen[:4].repeat(25, 1)  # (100, C): four pictures, each 25 times
@@ -100,10 +108,10 @@ lesson.check("one picture, 100 times: Vendi score", vendi_score(seen[:1].repeat(
 # - a **sparse** dictionary (lesson 6), with $M$ atoms and **density** $ρ$, the share of atoms that a token may use;
 # - **LoRA**, the usual method: to each weight matrix it adds the product of two thin ones, here of rank 16;
 # - **DoRA**: LoRA that learns length and direction of the weights separately;
-# - **OFT**: it rotates the weights and adds nothing.
+# - **OFT**: it multiplies the weights by a learned rotation and adds nothing.
 #
-# Each model then draws the 25 prompts from the same noise. One setting is trained with two seeds: the difference
-# between them says how much a score changes by chance. The learning rate is 0.003 for all.
+# Then each model draws the 25 prompts from the same noise. One setting is trained with two seeds. The difference
+# between the two says how much a score changes by chance. The learning rate is 0.003 for all.
 
 # %%
 pipe = Pipeline.from_folder(root / "weights" / "tiny", device="cpu")
@@ -131,9 +139,8 @@ for name, given in runs.items():
     detach(pipe.transformer)
 
 # %% [markdown]
-# What would a perfect model get? We can know: the robot is made of polygons, so we can draw it exactly as each prompt
-# says. These 25 pictures are what to compare with. As a second comparison we draw an owl in the robot's place: right
-# scene, wrong subject.
+# Which scores would a perfect model get? We can know: the robot is made of polygons, so we can draw it exactly as each
+# prompt says. As a second comparison we draw an owl in the robot's place: right scene, wrong subject.
 #
 # **Predict:** the model that is not trained draws something else for "robot". Will its alignment be high or low? And
 # which pictures will have the higher diversity, the perfect ones or those of a model that has half learned the robot?
@@ -156,22 +163,26 @@ for name, images in drawn.items():
     by_hand = (seen * texts).sum(dim=1).mean().item(), (seen @ originals.T).mean().item()
     scores[name] = alignment(seen, texts), fidelity(seen, originals), vendi_score(seen)
     assert np.allclose(by_hand, scores[name][:2])
-lesson.table(("robot", "alignment", "fidelity", "diversity"), [(name, *row) for name, row in scores.items()])
+lesson.table(("pictures", "alignment", "fidelity", "diversity"), [(name, *row) for name, row in scores.items()])
+
+# %%
 columns = [0, 7, 11, 18, 24]  # one of each place and colour
 shown = "as it should be", "not trained", "LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"
-rows = {name: [drawn[name][i] for i in columns] for name in shown}
-figure = draw.rows_of_pictures(rows, [robot.prompts[i].removeprefix("a robot ") for i in columns])
+rows = {name.replace(", ", ",\n"): [drawn[name][i] for i in columns] for name in shown}
+titles = [f"{place},\n{background}" for background, _, place in (wanted[i] for i in columns)]
+figure = draw.picture_rows(rows, titles)
 lesson.show(figure, "08_pictures", "A robot at five places, as it should be and as four models draw it")
 
 # %% [markdown]
 # How to read the table:
 #
-# - **Fidelity** has a scale of its own. Even the perfect pictures do not reach 1, because the five pictures of the
-#   robot differ in place and background. The owl is at the other end.
-# - **Alignment** hardly looks at the subject. The owl gets almost as much as the robot. This CLIP knows words like
-#   "robot" only as names of something unknown, so it reads the place and the background.
-# - **More diversity is not better.** The perfect pictures have the *least*: they all show the same robot. Robots that
-#   are spoiled in different ways count as different pictures. So look at diversity beside fidelity.
+# - **Fidelity** has a scale of its own. Even the perfect pictures do not reach 1, because the five training pictures
+#   differ in place and background. The owl shows the lower end: right scene, wrong subject.
+# - **Alignment** hardly looks at the subject. The owl gets almost as much as the robot. To this CLIP a word
+#   like "robot" may name any creature. So it reads mainly the place and the background.
+# - **More diversity is not better.** The perfect pictures have less of it than those of any trained model, because they
+#   all show the same robot. Robots that are spoiled in different ways count as different pictures. So look at diversity
+#   beside fidelity.
 
 # %%
 perfect, owl, fresh = (scores[name] for name in ("as it should be", "an owl instead", "not trained"))
@@ -185,47 +196,76 @@ for name in ("LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"):
     gain = scores[name][1] - fresh[1]
     lesson.check(f"{name}: fidelity above not trained", gain, (0.05, 0.9), quick=(-0.3, 0.9))
 
+# %% [markdown]
+# ## The paper's tables beside ours
+#
+# The next table has the paper's scores (Tables 1 and 2) beside ours. The figure draws fidelity and diversity of the
+# same rows.
+
 # %%
-sparse = {name: row for name, row in scores.items() if "ρ" in name and "seed" not in name}
-points = {name: scores[name][1:] for name in ("not trained", "LoRA", "DoRA", "OFT", *sparse)}
-paper = {"LoRA": PAPER["lora", None, None], "DoRA": PAPER["dora", None, None], "OFT": PAPER["oft", None, None]}
-paper |= {f"M 256, ρ {density}": PAPER["sparse", 256, density] for density in (0.01, 0.02)}
-paper |= {f"M {atoms}, ρ 0.01": PAPER["sparse", atoms, 0.01] for atoms in (16, 1024)}
-paper = {name: (row[0], row[2], row[1]) for name, row in paper.items()}  # alignment, fidelity, diversity as ours
+settings = {"LoRA": ("lora", None, None), "DoRA": ("dora", None, None), "OFT": ("oft", None, None)}
+for atoms, density in ((256, 0.02), (16, 0.01), (256, 0.01), (1024, 0.01)):
+    settings[f"M {atoms}, ρ {density}"] = "sparse", atoms, density
+paper = {}
+for name, setting in settings.items():
+    aligned, diverse, faithful = PAPER[setting][:3]  # the paper's order
+    paper[name] = aligned, faithful, diverse
+headings = "alignment: the paper", "here", "fidelity: the paper", "here", "diversity: the paper", "here"
+rows = []
+for name, theirs in paper.items():
+    beside = [value for pair in zip(theirs, scores[name]) for value in pair]
+    rows.append((name, *(f"{value:.3f}" for value in beside)))
+lesson.table(("", *headings), rows)
+
+# %%
+points = {name: scores[name][1:] for name in ("not trained", *paper, "M 256, ρ 0.2")}
 figure = draw.trade(points, {name: row[1:] for name, row in paper.items()})
 lesson.show(figure, "08_trade", "Diversity against fidelity for each method, here and in the paper")
 
 # %% [markdown]
 # ## Which of the paper's orderings are true here?
 #
-# Numbers of two different worlds cannot be compared, but orderings can. For each pair of settings we print the
-# difference in the paper and here. ✓ means the same sign, ✗ the opposite sign. A ? means that our difference is smaller
-# than what the seed alone changes, so it decides nothing.
+# The numbers belong to two different worlds, so they cannot be compared. Orderings can. For each pair of settings we
+# print the difference in the paper and here. ✓ means the same sign, ✗ the opposite sign. A ? means that our difference
+# is smaller than what the seed alone changes, so it decides nothing.
 #
-# The first three pairs are Table 1 of the paper, the fourth is Fig. 7, a curve without numbers, and the last two are
-# Table 2.
+# The first three pairs compare methods (Table 1). The fourth raises the density: the paper shows this as a curve
+# without numbers (Fig. 7). The last two raise the number of atoms (Table 2).
+#
+# **Predict:** which of the paper's orderings will you find again?
 
 # %%
-pairs = [("M 256, ρ 0.02", other) for other in ("LoRA", "DoRA", "OFT")] + [("M 256, ρ 0.2", "M 256, ρ 0.01")]
+FIG_7 = -1, +1, -1  # with the density: alignment falls, fidelity rises, diversity falls
+pairs = [("M 256, ρ 0.02", other) for other in ("LoRA", "DoRA", "OFT")]
+pairs += [("M 256, ρ 0.2", "M 256, ρ 0.01")]
 pairs += [("M 256, ρ 0.01", "M 16, ρ 0.01"), ("M 1024, ρ 0.01", "M 256, ρ 0.01")]
 verdicts = {}
 for i, measure in enumerate(("alignment", "fidelity", "diversity")):
-    by_seed = [row[i] for name, row in scores.items() if name.startswith("M 256, ρ 0.02")]  # both seeds
-    chance = max(by_seed) - min(by_seed)
-    rows, verdicts[measure] = [], []
+    chance = abs(scores["M 256, ρ 0.02"][i] - scores["M 256, ρ 0.02, seed 1"][i])
+    rows = []
     for one, other in pairs:
         ours = scores[one][i] - scores[other][i]
-        theirs = paper[one][i] - paper[other][i] if one in paper else (-1, 1, -1)[i]  # Fig. 7: falls, rises, falls
-        mark = "?" if abs(ours) < chance else "✓" if ours * theirs > 0 else "✗"
-        told = f"{theirs:+.3f}" if one in paper else ("rises" if theirs > 0 else "falls")
+        if one in paper:
+            theirs = paper[one][i] - paper[other][i]
+            told = f"{theirs:+.3f}"
+        else:
+            theirs = FIG_7[i]
+            told = "rises" if theirs > 0 else "falls"
+        mark = "✓" if ours * theirs > 0 else "✗"
+        if abs(ours) < chance:
+            mark = "?"
         rows.append((f"{one} − {other}", told, f"{ours:+.3f}", mark))
-        verdicts[measure].append(mark)
+    verdicts[measure] = [row[-1] for row in rows]
     lesson.table((f"{measure} (seeds differ by {chance:.3f})", "the paper", "here", ""), rows)
     print()
 
 # %%
+rows = [(measure, "".join(marks[:3]), marks[3], "".join(marks[4:])) for measure, marks in verdicts.items()]
+lesson.table(("all verdicts", "methods (Table 1)", "density (Fig. 7)", "atoms (Table 2)"), rows)
 for measure, marks in verdicts.items():
     lesson.check(f"{measure}: pairs ordered as in the paper, of 6", marks.count("✓"), (2, 6), quick=(0, 6))
+
+# %%
 curves = {
     "density ρ": ([0.01, 0.02, 0.2], [scores[f"M 256, ρ {density}"] for density in (0.01, 0.02, 0.2)]),
     "atoms M": ([16, 256, 1024], [scores[f"M {atoms}, ρ 0.01"] for atoms in (16, 256, 1024)]),
@@ -233,37 +273,38 @@ curves = {
 lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by number of atoms")
 
 # %% [markdown]
-# - **Alignment: the sparse dictionary is above LoRA, DoRA and OFT, as in Table 1.** But the gaps are small beside the
-#   0.03 between robot and owl. And more atoms do *not* cost alignment here: what is drawn better is also read better.
-# - **Fidelity: density and number of atoms raise it**, as in Fig. 7 and Table 2. Against LoRA and DoRA the sign is
-#   reversed: the sparse dictionary is slightly better here.
-# - **Diversity: density and number of atoms lower it**, as in the paper. Between the methods nothing is decided: their
-#   gaps are smaller than what the seed changes.
+# Read the table of verdicts row by row:
 #
-# So the trade between fidelity and diversity is the clearest result. It goes the paper's way in both ablations.
+# - **Alignment.** In the paper the sparse dictionary follows prompts better than LoRA, DoRA and OFT (first column), but
+#   a higher density or many atoms cost alignment (last two columns). Where we have a ✗ in the last two columns, the
+#   reason may be simple: a robot that is drawn better is also read better. Take all alignments with care, and compare
+#   their gaps with the gap between robot and owl.
+# - **Fidelity and diversity, last two columns.** This is the paper's trade: a higher density or more atoms raise
+#   fidelity and lower diversity. The curves above show it best.
+# - **Fidelity and diversity, first column.** In the paper the pictures of the sparse dictionary are more diverse, at
+#   about the fidelity of LoRA and DoRA. A ? here says that the gap is smaller than chance.
 #
 # ## Where it stops being true
 #
-# - **Learning rates matter.** One rate for all is simple, but not each method's best. With 0.01 LoRA spoils its
-#   pictures: its fidelity falls to 0.70.
-# - **One subject is few.** Another one may give other signs, and so may other learning rates. This command takes four
-#   subjects and two seeds, and chooses the learning rates on a fifth subject. It needs an hour or so on two CPU cores:
+# - **Learning rates matter.** One rate for all is simple, but it is not the best one of each method.
+# - **One subject is not enough.** Another subject may give other signs. The next command takes four subjects and two
+#   seeds, and chooses the learning rates on a fifth subject. It needs an hour or so on two CPU cores:
 #
 #       torchrun --nproc-per-node 2 -m dit.evaluate --subjects lessons/data/subjects --tune-on snail \
 #         --lrs 0.001 0.003 0.01 --densities 0.01 0.02 0.2 --atoms 256 16 1024 --seeds 0 1 --epochs 10 --pictures 1
 #
 # - **No score sees everything.** The Vendi score counts a spoiled picture as one more. Alignment sees the place and the
 #   background, not the robot. Look at pictures as well.
-# - **The methods are not equal in size.** As in the paper, each has its usual settings. LoRA has 16 numbers per channel
-#   here, and the dictionary 256 atoms. Lesson [7](07_editing.md) compares them at equal size.
+# - **The methods are not equal in size.** As in the paper, each has its usual settings: LoRA has rank 16, and the
+#   dictionary has 256 atoms. Lesson [7](07_editing.md) compares the two at equal size.
 # - **A density is not exact.** A token uses $\max(1, \mathrm{round}(ρ M))$ atoms. See exercise 3.
 #
 # ## Exercises
 #
 # 1. Half of 100 pictures are equal to $a$, the other half to $b$, and the cosine of $a$ and $b$ is $c$. What is the
 #    Vendi score for $c = 0$, and for $c = 1$?
-# 2. A model ignores every prompt and always draws the first picture that it was trained on. What becomes of the three
-#    scores? Compute them: `drawn["a copy"] = [open_picture(robot.files[0]).resize((64, 64))] * 25`.
+# 2. A model ignores every prompt and always draws the first picture that it was trained on. Guess its three scores,
+#    then compute them: `drawn["a copy"] = [open_picture(robot.files[0]).resize((64, 64))] * 25`.
 # 3. Table 2 varies $M$ at $ρ = 0.01$. How many atoms does a token use with $M = 16$, and with $M = 1024$? Which share
 #    of all atoms is this?
 #
@@ -272,8 +313,8 @@ lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by numb
 #
 # 1. The eigenvalues of $K/n$ are $(1 + c)/2$ and $(1 - c)/2$. For $c = 0$ they are ½ and ½, and the score is 2. For
 #    $c = 1$ they are 1 and 0, and the score is 1.
-# 2. Diversity is exactly 1. Fidelity is 0.87, as high as that of the perfect pictures. Alignment is only 0.04, because
-#    place and background are wrong nearly everywhere. So fidelity alone would praise a copy.
+# 2. Diversity is exactly 1. Fidelity is about as high as that of the perfect pictures. Alignment is low, because place
+#    and background are wrong nearly everywhere. So fidelity alone would praise a copy.
 # 3. One of 16, and 10 of 1024: 6 % and 1 %. The smallest dictionary is the densest.
 #
 # </details>

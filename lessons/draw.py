@@ -418,29 +418,18 @@ def cosines(pictures, captions, values):
     return figure
 
 
-def rows_of_pictures(rows, titles):
-    """{label: pictures}, each row with its label at the left, under titles"""
-    columns = len(titles)
-    figure, axes = panels(len(rows), columns, width=9.6, height=9.6 / (columns + 0.9) * len(rows) + 0.5, squeeze=False)
-    for line, (name, drawn) in zip(axes, rows.items()):
-        for ax, picture in zip(line, drawn):
-            image(ax, picture)
-        line[0].set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center")
-    for ax, title in zip(axes[0], titles):
-        ax.set_title(title.replace(" on ", "\non "), fontsize=9.5)
-    return figure
-
-
 def trade(ours, paper):
     """Diversity against fidelity, {setting: (fidelity, diversity)} here and in the paper"""
     figure, axes = panels(1, 2, width=9.6, height=4.6)
     for ax, (title, points) in zip(axes, {"here": ours, "the paper": paper}.items()):
-        low, high = (pick(y for _, y in points.values()) for pick in (min, max))
-        heights = apart([y for _, y in points.values()], 0.06 * (high - low))
+        xs, ys = zip(*points.values())
+        heights = apart(ys, 0.06 * (max(ys) - min(ys)))
+        right = max(xs) + 0.08 * (max(xs) - min(xs))  # labels stand in a column beside the points
         for (name, (x, y)), height in zip(points.items(), heights):
             color = BLUE if "ρ" in name else GREY if name == "not trained" else ORANGE
             ax.plot(x, y, "o", color=color)
-            label(ax, x, height, name, color)
+            line = {"arrowstyle": "-", "color": "0.85"}
+            ax.annotate(name, (x, y), (right, height), color=color, va="center", arrowprops=line)
         left, right = ax.get_xlim()
         ax.set(xlabel="fidelity", title=f"{title} (blue: sparse)", xlim=(left, right + 0.4 * (right - left)))
     axes[0].set_ylabel("diversity")
@@ -474,12 +463,12 @@ def additivity(missed):
     return figure
 
 
-def by_block(summary):
-    """Two errors for each block: {variant: (…, errors of Eq. 11 (blocks,), errors of the first order (blocks,))}"""
+def by_block(additive, linear):
+    """Errors of Eq. 11 and of the first order for each block, {variant: (blocks,)}"""
     figure, axes = panels(1, 2, height=3.8)
     titles = "error of Eq. 11: 16 atoms\ntogether and one by one", "error of the first order:\na single atom taken out"
-    for ax, title, part in zip(axes, titles, (2, 3)):
-        curves = {name: 100 * row[part] for name, row in summary.items()}
+    for ax, title, errors in zip(axes, titles, (additive, linear)):
+        curves = {name: 100 * error for name, error in errors.items()}
         last, top = len(next(iter(curves.values()))) - 1, max(curve.max().item() for curve in curves.values())
         heights = apart([curve[-1].item() for curve in curves.values()], 0.07 * top)
         for (name, curve), height, color in zip(curves.items(), heights, (BLUE, GREEN, ORANGE)):

@@ -171,7 +171,7 @@ MISTAKES = {
     "--epochs 0": "above 0",
     "--weights {tmp}": "has no folder transformer/",
     "--out {tmp}": "holds other files (bare.png)",
-    "--out {tmp}/bare.png": "no folder that you may write to",
+    "--out {tmp}/bare.png": "is not a folder you can write to",
 }
 
 

@@ -63,7 +63,7 @@ def look_08(got):
 
 
 def look_09(got):
-    assert len(got["changes"]["sparse"]) == len(got["summary"]["sparse"][2]) == got["model"].config.num_layers
+    assert len(got["changes"]["sparse"]) == len(got["whole"]["sparse"]) == got["model"].config.num_layers
     assert all(change.abs().max() > 0.01 for change in got["changes"]["sparse"])  # no block is silent
 
 

@@ -132,7 +132,7 @@ def main(argv=None):
     parser.add_argument("--guidance", type=float, nargs="+", help="one or more scales (default: the model's own)")
     parser.add_argument("--steps", type=whole, default=20, help="steps of the sampler (default: 20)")
     parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--out", type=Path, help="save up to 48 pictures of withheld combinations, captioned")
+    parser.add_argument("--out", type=Path, help="save 48 pictures of withheld combinations, captioned")
     args = parser.parse_args(argv)
     if args.out:
         check_picture_path(args.out)
@@ -148,19 +148,24 @@ def main(argv=None):
             shares, images = score(pipe, judge, scenes, captions, args.seed, steps=args.steps, guidance=guidance)
             print(f"{guidance:8.2f} {name:12}  " + "  ".join(f"{share:10.3f}" for share in shares.values()), flush=True)
     if args.out:
-        save_picture(captioned(images[:48], captions[:48]), args.out)
+        shown = [captions_to_judge(n, True, two, args.seed)[1] for n, two in ((32, 0.0), (16, 1.0))]
+        captions = shown[0] + shown[1]
+        images = pipe.generate(captions, seed=args.seed, steps=args.steps, guidance=guidance)
+        save_picture(captioned(images, captions), args.out)
 
 
 def captioned(images, captions, side=128, columns=8):
     """One PIL image of all pictures in `columns` columns, each above its caption."""
-    gap, text_height, font = 12, 74, ImageFont.load_default(12)
+    gap, font = 12, ImageFont.load_default(12)
+    captions = [textwrap.fill(text, 21) for text in captions]
+    text_height = 14 * max(text.count("\n") + 1 for text in captions) + gap
     rows = math.ceil(len(images) / columns)
     canvas = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (side + text_height)), "white")
     pen = ImageDraw.Draw(canvas)
     for i, (image, text) in enumerate(zip(images, captions)):
         x, y = gap + i % columns * (side + gap), gap + i // columns * (side + text_height)
         canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        pen.multiline_text((x, y + side + 2), textwrap.fill(text, 21), fill="black", font=font, spacing=1)
+        pen.multiline_text((x, y + side + 2), text, fill="black", font=font, spacing=1)
     return canvas
 
 

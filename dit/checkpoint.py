@@ -23,20 +23,13 @@ from dit.config import SchedulerConfig, T5Config, TransformerConfig, VAEConfig
 from dit.t5 import T5Encoder, Tokenizer
 from dit.transformer import PixArtTransformer
 from dit.vae import AutoencoderKL
-from sparsecode.common import TEXT, Kind, UserError, is_whole, object_of, read_json, replacing, some
+from sparsecode.common import TEXT, Kind, UserError, is_whole, object_of, read_json, rename, replacing, some
 
 # ---- names: (ours, theirs) --------------------------------------------------------------------------------------
 # Pairs apply in order. A pair that begins with a dot matches anywhere in a name, other pairs only at its start. Where
 # several of our tensors get one name, the file holds them fused: stacked along the rows, in the model's order.
+# diffusers' names of the transformer's parts are in PixArtTransformer itself.
 
-TRANSFORMER_NAMES = [
-    ("patch_embed.", "pos_embed.proj."),
-    ("timestep_embedder.", "adaln_single.emb.timestep_embedder."),
-    ("timestep_modulation.", "adaln_single.linear."),
-    (".to_out.", ".to_out.0."),
-    (".ff.linear_1.", ".ff.net.0.proj."),
-    (".ff.linear_2.", ".ff.net.2."),
-]
 # The authors' own files.
 ORIGINAL_NAMES = [
     ("patch_embed.", "x_embedder.proj."),
@@ -88,15 +81,6 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\b")  # in the name of a file that holds par
 KEEP_FLOAT32 = (".wo",)  # T5's layers that overflow in float16; transformers keeps them in float32 too
 EXTRA_IDS = Kind("a whole number from 0 to 1000", lambda v: is_whole(v) and 0 <= v <= 1000)
 FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
-
-
-def rename(name, pairs):
-    for ours, theirs in pairs:
-        if ours.startswith("."):
-            name = name.replace(ours, theirs)
-        elif name.startswith(ours):
-            name = theirs + name.removeprefix(ours)
-    return name
 
 
 # ---- what a file holds ------------------------------------------------------------------------------------------
@@ -205,7 +189,7 @@ def _in_pth(file):
 def load_transformer(path, dtype=None, device=None):
     """PixArt-Σ's transformer from its folder, or from one of the authors' `.pth` files, which need no config."""
     stored = stored_tensors(path)
-    names = ORIGINAL_NAMES if "x_embedder.proj.weight" in stored else TRANSFORMER_NAMES
+    names = ORIGINAL_NAMES if "x_embedder.proj.weight" in stored else PixArtTransformer.diffusers_names
     return _load(PixArtTransformer, transformer_config(path, stored), path, stored, names, dtype, device)
 
 
@@ -353,7 +337,7 @@ def _fill(model, group, tensor, dtype, device):
 def save_part(model, folder):
     """Write a model in float32 in the layout of diffusers and transformers: config.json and a safetensors file."""
     names, file = {
-        PixArtTransformer: (TRANSFORMER_NAMES, "diffusion_pytorch_model.safetensors"),
+        PixArtTransformer: (PixArtTransformer.diffusers_names, "diffusion_pytorch_model.safetensors"),
         T5Encoder: (T5_NAMES, "model.safetensors"),
         AutoencoderKL: (VAE_NAMES, "diffusion_pytorch_model.safetensors"),
     }[type(model)]

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import transforms
 
-from dit.checkpoint import rename
-from sparsecode.common import COUNT, POSITIVE, TEXT, UserError, read_json
+from sparsecode.common import COUNT, POSITIVE, TEXT, UserError, read_json, rename
 
 BATCH = 50  # pictures or texts at a time
 

@@ -61,6 +61,15 @@ class Block(nn.Module):
 
 
 class PixArtTransformer(nn.Module):
+    diffusers_names = [  # (ours, theirs) for `rename`: files of weights and of adapters hold theirs
+        ("patch_embed.", "pos_embed.proj."),
+        ("timestep_embedder.", "adaln_single.emb.timestep_embedder."),
+        ("timestep_modulation.", "adaln_single.linear."),
+        (".to_out.", ".to_out.0."),
+        (".ff.linear_1.", ".ff.net.0.proj."),
+        (".ff.linear_2.", ".ff.net.2."),
+    ]
+
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config

@@ -23,13 +23,15 @@ def attach(model, method="sparse", target="attn1", **options):
         "lora", "dora"    r=16, alpha=16, on each of the projections for q, k, v and the output
         "oft"             blocks=4, on the same four
 
-    `target` is a regular expression, searched for anywhere in the name. Returns the new adapters.
+    `target` is a regular expression, searched for anywhere in the name. For all but "sparse", a target that no
+    attention matches names Linears by their own dotted names, "attn1.to_q|ff", and for LoRA and DoRA a Conv2d without
+    groups. Returns the new adapters.
     """
     if attached(model):
         raise UserError(
             "adapters are attached to this model already; detach them first, since one is trained at a time"
         )
-    wrappers = wrap(model, method, sites_of(model, method, target), target, options)
+    wrappers = wrap(model, method, dict.fromkeys(sites_of(model, method, target), options), target)
     install(model, wrappers)
     return [wrapper.adapter for wrapper in wrappers.values()]
 
@@ -60,30 +62,35 @@ def trainable(model):
 
 
 def sites_of(model, method, target):
-    """Names of the modules that `attach` wraps: attentions, or the four projections of each."""
+    """Names of the modules that `attach` wraps: attentions, the four projections of each, or Linears."""
     matches = attentions(model, target)
+    if not matches and method != "sparse" and (found := linears(model, target)):
+        return list(found)
     if not matches:
-        names = ", ".join(attentions(model)) or "none"
-        raise UserError(f"no attention is named like {target!r}; the model has {names}")
-    for name, attention in matches.items():
-        if obstacle := kind_of(attention).obstacle(attention):
-            raise UserError(f"{name} cannot be taken apart: {obstacle}")
-    if method == "sparse":
-        return list(matches)
-    return [f"{name}.{part}" for name, attention in matches.items() for part in kind_of(attention).projections]
+        kind, names = "attention" if method == "sparse" else "attention or Linear", ", ".join(attentions(model))
+        raise UserError(f"no {kind} is named like {target!r}; the model has {names or 'none'}")
+    return list(matches) if method == "sparse" else projections(matches)
 
 
-def wrap(model, method, sites, target, options):
-    """Wrappers around the modules named `sites`, by name; the model is not touched."""
+def projections(attentions):
+    return [f"{name}.{part}" for name, attention in attentions.items() for part in kind_of(attention).projections]
+
+
+def wrap(model, method, sites, target):
+    """Wrappers around modules, by name; `sites` gives the options of each, {name: dict}. The model is not touched."""
     if method not in METHODS:
         raise UserError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     known = inspect.getfullargspec(METHODS[method].__init__).kwonlyargs
-    if unknown := options.keys() - set(known):
+    if unknown := {name for options in sites.values() for name in options} - set(known):
         raise UserError(f"{method} has no option {', '.join(sorted(unknown))}; it has {', '.join(known)}")
     if torch.is_inference_mode_enabled():
         raise UserError("adapters made inside torch.inference_mode cannot be trained; attach or load them outside it")
+    for name, attention in attentions(model).items():
+        adapted = any(f"{site}.".startswith(f"{name}.") for site in sites)
+        if adapted and (obstacle := kind_of(attention).obstacle(attention)):
+            raise UserError(f"{name} cannot be taken apart: {obstacle}")
     wrappers = {}
-    for site in sites:
+    for site, options in sites.items():
         parent, _, name = site.rpartition(".")
         holder = unwrapped(model.get_submodule(parent))
         base = unwrapped(getattr(Unpacked(holder) if isinstance(holder, nn.MultiheadAttention) else holder, name))
@@ -141,13 +148,30 @@ def install(model, wrappers):
 
 def attentions(model, target=""):
     """The attentions whose name matches, by the name they have without adapters."""
+    return named(model, kind_of, target)
+
+
+def linears(model, target=""):
+    """The Linears, and the Conv2ds that LoRA can adapt, whose name matches."""
+    return named(model, _is_linear, target)
+
+
+def _is_linear(module):
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    inside = nn.modules.linear.NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention, which takes its weight away
+    return isinstance(module, nn.Linear) and not isinstance(module, inside)
+
+
+def named(model, fits, target):
+    """The modules that fit and whose name matches, by the name they have without adapters."""
     try:
         pattern = re.compile(target)
     except re.error as error:
         raise UserError(f"target={target!r} is no regular expression ({error}); fix it") from None
     ours = inserted(model)
-    found = {plain(name, ours): m for name, m in model.named_modules() if name and kind_of(m)}
-    return {name: attention for name, attention in found.items() if pattern.search(name)}
+    found = {plain(name, ours): m for name, m in model.named_modules() if name and fits(m)}
+    return {name: module for name, module in found.items() if pattern.search(name)}
 
 
 def attached(model):

@@ -1,12 +1,14 @@
 """The methods the paper compares with, each on one Linear: LoRA, DoRA and OFT (§4.3).
 
-`attach` puts them on the q, k, v and output projections of an attention. All compute in the width of
-x, keep their parameters in float32, and change nothing when fresh.
+`attach` puts them on the q, k, v and output projections of an attention, or on any Linear. LoRA and DoRA
+adapt a Conv2d too: it is W x for each patch x of C_i k k numbers. All compute in the width of x, keep their
+parameters in float32, and change nothing when fresh.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .adapter import Adapter
@@ -14,12 +16,20 @@ from .common import UserError, is_number, is_whole
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear whose adapter computes the output in its place. Several adapters add what each changes."""
+    """A frozen Linear or Conv2d whose adapter computes the output in its place. Several add what each changes."""
 
     def __init__(self, base, adapter):
         super().__init__()
         self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
-        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def __getattr__(self, name):
+        """The base's other attributes, for code that reads them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+        return getattr(self.base, name)
 
     @property
     def active(self):
@@ -44,7 +54,10 @@ class AdaptedLinear(nn.Module):
 
 
 class LoRA(Adapter):
-    """y = W x + b + (α/r) B A x,  A (r, C_i) Kaiming-uniform, B (C_o, r) zero"""
+    """y = W x + b + (α/r) B A x,  A (r, C_i) Kaiming-uniform, B (C_o, r) zero
+
+    Of a Conv2d A is a convolution too, (r, C_i, k, k), with the stride and padding of W.
+    """
 
     method = "lora"
 
@@ -55,24 +68,29 @@ class LoRA(Adapter):
         if not is_number(alpha):
             raise UserError(f"alpha={alpha!r} is not a number; choose one like 16")
         self.r, self.alpha = int(r), int(alpha) if is_whole(alpha) else float(alpha)
-        self.A = nn.Parameter(torch.empty(r, linear.in_features))  # (r, C_i)
-        self.B = nn.Parameter(torch.zeros(linear.out_features, r))  # (C_o, r)
+        self.A = nn.Parameter(torch.empty(r, *linear.weight.shape[1:]))  # (r, C_i), or (r, C_i, k, k)
+        self.B = nn.Parameter(torch.zeros(len(linear.weight), r))  # (C_o, r)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     @property
     def options(self):
         return {"r": self.r, "alpha": self.alpha}
 
-    def update(self, x):
+    def update(self, x, linear):
         """(α/r) B A x"""
-        low = x @ self.A.T.to(x.dtype)  # (..., C_i) x (C_i, r) -> (..., r)
-        return low @ self.B.T.to(x.dtype) * (self.alpha / self.r)  # (..., r) x (r, C_o) -> (..., C_o)
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        if A.ndim == 4:
+            low = F.conv2d(x, A, None, linear.stride, linear.padding, linear.dilation)  # (B, C_i, H, W) -> (B, r, h, w)
+            return F.conv2d(low, B[..., None, None]) * (self.alpha / self.r)  # (B, r, h, w) -> (B, C_o, h, w)
+        low = x @ A.T  # (..., C_i) x (C_i, r) -> (..., r)
+        return low @ B.T * (self.alpha / self.r)  # (..., r) x (r, C_o) -> (..., C_o)
 
     def forward(self, x, linear):
-        return linear(x) + self.update(x)  # (..., C_o)
+        return linear(x) + self.update(x, linear)  # (..., C_o)
 
     def weight(self, linear):
-        return linear.weight.float() + self.B @ self.A * (self.alpha / self.r)  # (C_o, C_i)
+        change = self.B @ self.A.flatten(1) * (self.alpha / self.r)  # (C_o, C_i), or (C_o, C_i k k)
+        return linear.weight.float() + change.view_as(linear.weight)  # (C_o, C_i), or (C_o, C_i, k, k)
 
 
 class DoRA(LoRA):
@@ -86,11 +104,11 @@ class DoRA(LoRA):
 
     def __init__(self, linear, *, r=16, alpha=16):
         super().__init__(linear, r=r, alpha=alpha)
-        self.m = nn.Parameter(linear.weight.detach().float().norm(dim=1))  # (C_o,)
+        self.m = nn.Parameter(linear.weight.detach().float().flatten(1).norm(dim=1))  # (C_o,)
 
     @torch.no_grad()
     def row_norms(self, linear):
-        return super().weight(linear).norm(dim=1)  # (C_o, C_i) -> (C_o,)
+        return super().weight(linear).flatten(1).norm(dim=1)  # (C_o, C_i) -> (C_o,)
 
     def gain(self, linear):
         norm = self.while_frozen(lambda: self.row_norms(linear), linear.weight, self.A, self.B)  # (C_o,)
@@ -98,12 +116,14 @@ class DoRA(LoRA):
 
     def forward(self, x, linear):
         y = linear(x)  # (..., C_i) -> (..., C_o)
-        g = self.gain(linear)  # (C_o,)
-        without_bias = y if linear.bias is None else y - linear.bias  # (..., C_o)
-        return y + (g - 1).to(x.dtype) * without_bias + g.to(x.dtype) * self.update(x)  # (..., C_o)
+        shape = (-1,) if self.A.ndim == 2 else (-1, 1, 1)  # channels come last, or before h and w
+        g = self.gain(linear).view(shape)  # (C_o,), or (C_o, 1, 1)
+        without_bias = y if linear.bias is None else y - linear.bias.view(shape)  # (..., C_o)
+        return y + (g - 1).to(x.dtype) * without_bias + g.to(x.dtype) * self.update(x, linear)  # (..., C_o)
 
     def weight(self, linear):
-        return self.gain(linear)[:, None] * super().weight(linear)  # (C_o, C_i)
+        W = super().weight(linear)  # (C_o, C_i), or (C_o, C_i, k, k)
+        return self.gain(linear).view(-1, *[1] * (W.ndim - 1)) * W  # the same
 
 
 class OFT(Adapter):
@@ -118,6 +138,8 @@ class OFT(Adapter):
 
     def __init__(self, linear, *, blocks=4):
         super().__init__()
+        if isinstance(linear, nn.Conv2d):
+            raise UserError("oft rotates what a Linear reads and cannot adapt a Conv2d; choose lora or dora")
         if not is_whole(blocks) or blocks < 1 or linear.in_features % blocks:
             raise UserError(f"blocks={blocks!r} does not divide width {linear.in_features}; choose a divisor")
         self.blocks = int(blocks)

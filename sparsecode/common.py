@@ -31,6 +31,16 @@ def some(names):
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def rename(name, pairs):
+    """`name` after the pairs (ours, theirs), in turn: one that begins with a dot anywhere, another at the start."""
+    for ours, theirs in pairs:
+        if ours.startswith("."):
+            name = name.replace(ours, theirs)
+        elif name.startswith(ours):
+            name = theirs + name.removeprefix(ours)
+    return name
+
+
 # ---- writing ----------------------------------------------------------------------------------------------------
 
 

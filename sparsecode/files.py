@@ -1,4 +1,4 @@
-"""Adapters in a file: one in safetensors, or a folder in peft's layout."""
+"""Adapters in a file: one in safetensors, ours or diffusers', or a folder in peft's layout."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import peft_layout
-from .attach import METHODS, attached, attentions, install, loaded, sites_of, trainable, wrap
+from .attach import METHODS, attached, attentions, install, linears, loaded, projections, trainable, wrap
 from .common import (
     COUNT,
     NUMBER,
@@ -21,6 +21,7 @@ from .common import (
     checksum,
     object_of,
     read_json,
+    rename,
     replacing,
     some,
     write_tensors,
@@ -30,6 +31,7 @@ from .kinds import Unpacked, kind_of
 FORMAT = "1"  # of the adapter file; raise it whenever the meaning of a file changes
 OPTIONS = {"atoms": COUNT, "density": NUMBER, "threshold": TEXT, "lam": NUMBER, "order": TEXT}
 OPTIONS |= {"r": COUNT, "alpha": NUMBER, "blocks": COUNT}
+OPTIONS |= {"rank_pattern": object_of(COUNT), "alpha_pattern": object_of(NUMBER)}
 FLOATS = ("F64", "F32", "F16", "BF16")  # what tensors of a file may be
 
 
@@ -41,29 +43,32 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
     `keep_atoms` has left on are written, C_i M + ρ C_o M numbers (§3.5): the others are gone from the file. The same
     adapters give the same bytes.
     """
-    wrappers = attached(model)
-    if not wrappers:
+    attachments = attached(model)
+    if not attachments:
         raise UserError("no adapter is attached to this model, so there is nothing to save; attach one first")
     if len(loaded(model)) > 1:
         raise UserError(f"{len(loaded(model))} adapters are attached, a file holds one; detach them and load that one")
     if layout not in ("sparsecode", "peft"):
         raise UserError(f"layout={layout!r} is unknown; choose sparsecode or peft")
-    adapter = next(iter(wrappers.values())).adapter
-    base, state = _base(model, _attentions_of(wrappers, adapter.method)), _state(wrappers)
-    weights = weights_checksums(model)
+    adapter = next(iter(attachments.values())).adapter
+    base, weights = _base(model, _owners(model, attachments)), weights_checksums(model)
+    names = _names_in_files(model, attachments, in_peft_layout=layout == "peft")
+    wrappers = {names[site]: wrapper for site, wrapper in attachments.items()}
+    options, state = {name: wrapper.adapter.options for name, wrapper in wrappers.items()}, _state(wrappers)
     if layout == "peft":
         if adapter.method == "sparse":
             raise UserError("peft has no sparse adapter; save it without layout='peft'")
         if any(isinstance(module, Unpacked) for module in model.modules()):
             raise UserError("peft adapts nn.MultiheadAttention in a way of its own; save it without layout='peft'")
         header = {"base": base, "weights": weights, "notes": notes, "prompt": prompt}
-        peft_layout.write(path, adapter, list(wrappers), _for_file(peft_layout.pack(state)), header)
+        tensors = _for_file(peft_layout.pack(state, peft_layout.PREFIXES[0]))
+        peft_layout.write(path, adapter.method, options, tensors, header)
         return
     header = {
         "format": FORMAT,
         "method": adapter.method,
         "adapters": str(len(wrappers)),
-        "options": json.dumps({"target": adapter.target, **adapter.options}),
+        "options": json.dumps({"target": adapter.target, **peft_layout.gather(options)}),
         "base": json.dumps(base),
         "weights": json.dumps(weights),
         "notes": json.dumps(notes, allow_nan=False),
@@ -75,15 +80,17 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
 
 
 def read_header(path):
-    """What an adapter file or a folder in peft's layout says.
+    """What an adapter file, a folder in peft's layout or a file of LoRA that diffusers wrote says.
 
-    format, method, options, base, weights, notes, prompt. A folder that peft wrote has no notes, and its base is None:
-    any model that its tensors fit. Weights may be None, and prompt.
+    format, method, options, base, weights, notes, prompt. What peft or diffusers wrote has no notes, and its base is
+    None: any model that its tensors fit. Weights may be None, and prompt.
     """
     if Path(path).is_dir():
         return _read_peft_header(Path(path))
     with _open(path) as file:
         header = file.metadata() or {}
+        if any(key.endswith(peft_layout.NAMES["A"]) for key in file.keys()):
+            return _foreign("diffusers", *peft_layout.read_file_of_diffusers(file, path))
     if not {"format", "method", "options", "base", "notes"} <= header.keys():
         raise UserError(f"{path} was not written by save_adapter: its header lacks the adapter's description")
     if header["format"] != FORMAT:
@@ -97,44 +104,50 @@ def read_header(path):
 
 
 def load_adapter(model, path):
-    """Attach the adapters of a file, or of a folder in peft's layout, to `model` and return their header.
+    """Attach the adapters of what `read_header` can read to `model` and return that header.
 
     Everything is checked before the model is touched: another base model, or a missing, unknown or misshapen tensor,
     is refused and leaves the model as it was. Other weights of the same base are a warning. Which modules are adapted
     is told by the names of the tensors; the header's own pattern is not run.
     """
     header = read_header(path)
-    in_peft_layout = header["format"] == "peft"
     options = dict(header["options"])
     if header["base"] is not None:
         _check_base(path, header["base"], _base(model, header["base"]))
-    file = Path(path) / peft_layout.WEIGHTS if in_peft_layout else path
+    file = Path(path) / peft_layout.WEIGHTS if header["format"] == "peft" else path
     with _open(file) as stored:
         keys = set(stored.keys())
-        sites = sites_of(model, header["method"], "")
-        if in_peft_layout:
-            listed = options.pop("target_modules")
-            sites = [site for site in sites if peft_layout.is_target(site, listed, keys)]
-        else:
+        prefix = peft_layout.prefix_of(keys) if header["format"] in ("peft", "diffusers") else None
+        sites = attentions(model)
+        if header["method"] != "sparse":
+            sites = dict.fromkeys([*projections(sites), *linears(model)])
+        names = _names_in_files(model, sites, in_peft_layout=prefix is not None)
+        if prefix is None:
             named = {key.rpartition(".")[0] for key in keys}
-            sites = [site for site in sites if _plain(site) in named]
-        if not sites:
-            raise UserError(f"{file} has {some(sorted(keys) or ['nothing'])}, which is for no attention of this model")
-        if header.get("adapters", str(len(sites))) != str(len(sites)):  # files of the past do not say how many
-            raise UserError(f"{file} says adapters={header['adapters']}, but has tensors for {len(sites)} of them here")
-        exactly = "|".join(f"^{re.escape(name)}$" for name in _attentions_of(sites, header["method"]))
-        target = options.pop("target", exactly)  # kept for the next file, never run
+        else:
+            named = peft_layout.targets(names.values(), options.pop("target_modules"), keys, prefix)
+        names = {site: name for site, name in names.items() if name in named}
+        if not names:
+            raise UserError(f"{file} has {some(sorted(keys) or ['nothing'])}, which is for no layer of this model")
+        if header.get("adapters", str(len(names))) != str(len(names)):  # files of the past do not say how many
+            raise UserError(f"{file} says adapters={header['adapters']}, but has tensors for {len(names)} of them here")
+        target = options.pop("target", "|".join(f"^{re.escape(site)}$" for site in names))  # for the next file, not run
+        options = peft_layout.spread(options, names.values())
         with torch.device("meta"):  # no memory until the file has shown that it holds as much
-            wrappers = wrap(model, header["method"], sites, target, options)
-        state = _state(wrappers)
-        expected = peft_layout.pack(state) if in_peft_layout else state
+            wrappers = wrap(model, header["method"], {site: options[name] for site, name in names.items()}, target)
+        by_name = {names[site]: wrapper for site, wrapper in wrappers.items()}
+        state = _state(by_name)
+        expected = state if prefix is None else peft_layout.pack(state, prefix)
         shapes = {key: list(value.shape) for key, value in expected.items()}
-        for site in sites:
-            if f"{site}.keep" in keys and f"{site}.D" in shapes:
-                shapes[f"{site}.keep"] = shapes[f"{site}.usage"]
-                shapes[f"{site}.D"][0] = int(stored.get_tensor(f"{site}.keep").count_nonzero())
+        if header["format"] == "diffusers" and peft_layout.IN_HEADER not in (stored.metadata() or {}):
+            alphas = [key for key in keys if key.endswith(peft_layout.ALPHA)]  # in the header's options already
+            shapes |= {key: stored.get_slice(key).get_shape() for key in alphas}
+        for name in by_name:
+            if f"{name}.keep" in keys and f"{name}.D" in shapes:
+                shapes[f"{name}.keep"] = shapes[f"{name}.usage"]
+                shapes[f"{name}.D"][0] = int(stored.get_tensor(f"{name}.keep").count_nonzero())
         tensors = _read(file, stored, shapes)
-    _fill(wrappers, tensors, in_peft_layout)
+    _fill(by_name, tensors, prefix)
     install(model, wrappers)
     if header["weights"] is not None:
         _compare_weights(path, header["weights"], weights_checksums(model))
@@ -162,34 +175,43 @@ def _sorted(values):
 
 
 def _read_peft_header(folder):
-    method, options, target_modules = peft_layout.read_config(folder)
+    method, options = peft_layout.read_config(folder)
     with _open(folder / peft_layout.WEIGHTS) as file:
         written_here = (file.metadata() or {}).get("sparsecode", "{}")
         shapes = [file.get_slice(key).get_shape() for key in file.keys()]
     if method == "oft" and shapes and shapes[0]:  # (blocks, …): peft rounds an r or oft_block_size to what divides
-        options = {"blocks": shapes[0][0]}
+        options["blocks"] = shapes[0][0]
     fields = {"base": OBJECT, "weights": object_of(TEXT), "notes": OBJECT, "prompt": TEXT}
     header = read_json(written_here, {}, fields, f"{folder}: header")
-    header = {"notes": {}, **{name: header.get(name) for name in fields if header.get(name) is not None}}
-    options = {"target_modules": target_modules, **options}
-    return {"format": "peft", "method": method, "options": options, "base": None, "weights": None, "prompt": None,
-            **header}  # fmt: skip
+    header = {name: header.get(name) for name in fields if header.get(name) is not None}
+    return {**_foreign("peft", method, options), **header}
 
 
-def _attentions_of(sites, method):
-    """Names of the attentions that are adapted, or whose projections are."""
-    return list(dict.fromkeys(site if method == "sparse" else _plain(site).rpartition(".")[0] for site in sites))
+def _foreign(layout, method, options):
+    """A header of what others wrote."""
+    return {"format": layout, "method": method, "options": options, "base": None, "weights": None, "notes": {},
+            "prompt": None}  # fmt: skip
 
 
-def _plain(site):
-    """The name in a file: diffusers' to_out is a list of a Linear and a dropout, ours a Linear."""
-    return site.removesuffix(".0") if site.endswith(".to_out.0") else site
+def _owners(model, sites):
+    """Names of the attentions that are adapted, or whose projections are, and of other Linears."""
+    known = attentions(model)
+    owners = {site: site.removesuffix(".0").rpartition(".")[0] for site in sites}
+    return list(dict.fromkeys(owner if owner in known else site for site, owner in owners.items()))
+
+
+def _names_in_files(model, sites, in_peft_layout):
+    """{module: its name in a file}: diffusers', if the model has a table of them. In our own files to_out has no .0."""
+    names = {site: rename(f"{site}.", getattr(model, "diffusers_names", [])).removesuffix(".") for site in sites}
+    if in_peft_layout:
+        return names
+    return {s: name.removesuffix(".0") if name.endswith(".to_out.0") else name for s, name in names.items()}
 
 
 def _state(wrappers):
     """Every adapter's parameters and persistent buffers by full name, sharing memory with it."""
     return {
-        f"{_plain(name)}.{key}": value
+        f"{name}.{key}": value
         for name, wrapper in wrappers.items()
         for key, value in wrapper.adapter.state_dict().items()
     }
@@ -208,12 +230,12 @@ def _without_dropped(state, wrappers):
 
 
 @torch.no_grad()
-def _fill(wrappers, tensors, in_peft_layout):
-    """Give adapters without memory theirs, and the numbers of a file."""
+def _fill(wrappers, tensors, prefix):
+    """Give adapters without memory theirs, and the numbers of a file: of peft's keys with a prefix, or ours (None)."""
     for wrapper in wrappers.values():
         wrapper.adapter.to_empty(device=next(wrapper.base.parameters()).device)
-    if in_peft_layout:
-        peft_layout.unpack(tensors, _state(wrappers))
+    if prefix is not None:
+        peft_layout.unpack(tensors, _state(wrappers), prefix)
         return
     for name, wrapper in wrappers.items():
         adapter = wrapper.adapter
@@ -229,14 +251,21 @@ def _fill(wrappers, tensors, in_peft_layout):
 
 
 def _base(model, names):
-    """What tells one base model from another: its config, or else the widths of the attentions that are adapted."""
+    """What tells one base model from another: its config, or else the widths of what is adapted."""
     config = getattr(model, "config", None)
     if dataclasses.is_dataclass(config):
         return json.loads(json.dumps(dataclasses.asdict(config)))  # as a file gives it back
     if isinstance(config, Mapping):  # diffusers' models have one
         return {key: value for key, value in config.items() if isinstance(value, (str, int, float)) and key[0] != "_"}
-    sizes = {name: kind_of(a).sizes(a) for name, a in attentions(model).items() if name in names}
-    return {name: f"width {width}, {heads} heads" for name, (_, width, heads) in sizes.items()}
+    found = {**attentions(model), **linears(model)}
+    return {name: _size(found[name]) for name in names if name in found}
+
+
+def _size(module):
+    if not kind_of(module):
+        return f"a weight of {list(module.weight.shape)}"
+    _, width, heads = kind_of(module).sizes(module)
+    return f"width {width}, {heads} heads"
 
 
 def _check_base(path, theirs, ours):
@@ -272,7 +301,7 @@ def _read(path, file, shapes):
     if missing := sorted(shapes.keys() - stored):
         raise UserError(f"{path} lacks {some(missing)}")
     if extra := sorted(stored - shapes.keys()):
-        raise UserError(f"{path} has {some(extra)}, which the adapters on its attentions do not know")
+        raise UserError(f"{path} has {some(extra)}, which the adapters on its layers do not know")
     for key, shape in shapes.items():
         found = file.get_slice(key)
         if found.get_shape() != shape:

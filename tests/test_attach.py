@@ -120,3 +120,45 @@ def test_inference_mode_is_no_place_to_attach(method):
     with torch.inference_mode(), pytest.raises(UserError, match="inside torch.inference_mode cannot be trained"):
         attach(model, method, **OPTIONS[method])
     assert not adapters(model)
+
+
+class WithPatches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 32, 2, stride=2)
+        self.small = make()
+
+    def forward(self, pictures, context):
+        return self.small(self.patches(pictures).flatten(2).transpose(1, 2), context)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_target_without_attentions_names_linears(method):
+    """And a Conv2d: both are silent when fresh, trained, and gone after detach."""
+    torch.manual_seed(0)
+    model, x = WithPatches(), (torch.randn(2, 3, 6, 4), torch.randn(2, 5, 12))
+    before = model(*x)
+    new = attach(model, method, target="mlp|patches|attn2.to_q", r=3)
+    expected = ["patches", *(f"small.blocks.{i}.{name}" for i in range(2) for name in ("attn2.to_q", "mlp.0"))]
+    assert list(adapters(model)) == expected and torch.equal(model(*x), before)
+    shake(new)
+    model(*x).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in trainable(model))
+    weights = {name: model.get_submodule(name).weight for name in expected}
+    adapted = model(*x)
+    detach(model)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_submodule(name).weight.copy_(weight)
+    torch.testing.assert_close(model(*x), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_linears_are_no_place_for_sparse_adapters_nor_a_convolution_for_oft():
+    model = WithPatches()
+    with pytest.raises(UserError, match="no attention is named like 'mlp'; the model has small.blocks.0.attn1"):
+        attach(model, "sparse", target="mlp")
+    with pytest.raises(UserError, match="oft .* cannot adapt a Conv2d"):
+        attach(model, "oft", target="patches")
+    with pytest.raises(UserError, match="no attention or Linear is named like 'nothing'"):
+        attach(model, "lora", target="nothing")
+    assert not adapters(model)

@@ -8,7 +8,6 @@ import os
 import sys
 from contextlib import nullcontext
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,9 +15,11 @@ from small_model import SmallModel, shake
 from test_transformer import diffusers_transformer, inputs, relative, run_theirs
 
 from dit.checkpoint import load_transformer
-from sparsecode import UserError, adapters, attach, load_adapter, read_header, save_adapter, trainable
+from sparsecode import UserError, adapters, attach, load_adapter, read_header, save_adapter, set_scale, trainable
 from sparsecode.peft_layout import CONFIG, WEIGHTS
 
+peft, diffusers = pytest.importorskip("peft"), pytest.importorskip("diffusers")
+NOISE = 0.1  # in place of training. At 0.3 logits reach 10,000, by which diffusers' mask falls short of −∞.
 OPTIONS = {"lora": dict(r=4, alpha=6), "dora": dict(r=4, alpha=6), "oft": dict(blocks=4)}
 TARGETS = {
     "a regular expression": r".*attn1\.(to_[qkv]|to_out\.0)",
@@ -26,7 +27,18 @@ TARGETS = {
     "both attentions": ["to_q", "to_k", "to_v", "to_out.0"],
     "queries and values": ["to_q", "to_v"],
 }
+# target_modules of PixArt's authors (train_scripts/train_pixart_lora_hf.py in their repository PixArt-alpha).
+AUTHORS = ["to_k", "to_q", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "proj", "linear",
+           "linear_1", "linear_2"]  # fmt: skip
+PATTERNS = {  # the first key that fits counts
+    "none": {},
+    "rslora": dict(use_rslora=True),
+    "ranks": dict(rank_pattern={"to_q": 2, r"^proj_out": 5, r".*\.1\.attn2\.to_[kv]": 3, r"attn2\.to_(k|v)": 7}),
+    "alphas": dict(alpha_pattern={"attn1.*": 12, "to_q": 1, "proj": 0.5, r"transformer_blocks\.\d+\.ff\.net\.2": 9}),
+    "all": dict(use_rslora=True, rank_pattern={"linear_1": 1, "proj": 9}, alpha_pattern={"proj": 3, "to_out.0": 2.5}),
+}
 methods = pytest.mark.parametrize("method", OPTIONS)
+loras = pytest.mark.parametrize("method", ["lora", "dora"])
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,7 @@ def trained_by_peft(path, *args, **kwargs):
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "oft_" in name:
-            parameter.data += 0.3 * torch.randn_like(parameter)
+            parameter.data += NOISE * torch.randn_like(parameter)
     model.save_pretrained(path)
     return model
 
@@ -155,6 +167,168 @@ def test_bfloat16_of_peft_is_read_into_float32(folder, tmp_path):
     assert A.dtype == torch.float32 and torch.equal(A, expected.float())
 
 
+# ---- every layer, and ranks and alphas by pattern ---------------------------------------------------------------
+
+
+def both_models(folder):
+    """(a model, how it is called) for this library's and diffusers' own."""
+    yield (ours := load_transformer(folder)), ours
+    theirs = diffusers_transformer()
+    yield theirs, lambda *x: run_theirs(theirs, *x)
+
+
+@loras
+@pytest.mark.parametrize("patterns", PATTERNS)
+def test_a_folder_as_the_authors_of_pixart_train_it(folder, method, patterns, tmp_path):
+    """On both models; scaled by 0 and -1, where peft adds no DoRA; and back: peft loads what is saved here."""
+    theirs, x = trained_by_peft(tmp_path / "theirs", method, AUTHORS, **PATTERNS[patterns]), inputs()
+    base, expected = run_theirs(diffusers_transformer(), *x), run_theirs(theirs, *x)
+    assert relative(expected, base) > 0.05
+    for i, (model, run) in enumerate(both_models(folder)):
+        load_adapter(model, tmp_path / "theirs")
+        assert len(adapters(model)) == 2 * 10 + 2 + 1 + 2 + 1 + 1  # blocks, timestep, adaLN, caption, patches, output
+        assert relative(run(*x), expected) < 1e-5
+        save_adapter(model, tmp_path / f"{i}", layout="peft")
+        again = peft.PeftModel.from_pretrained(diffusers_transformer(), tmp_path / f"{i}").eval()
+        assert relative(run_theirs(again, *x), expected) < 1e-5
+        save_adapter(model, tmp_path / "a.safetensors")
+        for other, run_other in both_models(folder):
+            load_adapter(other, tmp_path / "a.safetensors")
+            assert relative(run_other(*x), expected) < 1e-5
+        set_scale(model, 0)
+        assert relative(run(*x), base) < 1e-5
+        if method == "lora":
+            set_scale(model, -1)
+            with peft.helpers.rescale_adapter_scale(theirs, -1):
+                assert relative(run(*x), run_theirs(theirs, *x)) < 1e-5
+
+
+def test_ranks_and_alphas_are_those_of_each_layer(folder, tmp_path):
+    theirs = trained_by_peft(tmp_path, "lora", AUTHORS, **PATTERNS["all"])
+    load_adapter(model := diffusers_transformer(), tmp_path)
+    for name, adapter in adapters(model).items():
+        layer = theirs.base_model.model.get_submodule(name)
+        assert adapter.r == layer.r["default"] and adapter.alpha / adapter.r == pytest.approx(layer.scaling["default"])
+
+
+# ---- one file, as diffusers' trainers write it ------------------------------------------------------------------
+
+
+class WithPeft(diffusers.PixArtTransformer2DModel, diffusers.loaders.PeftAdapterMixin):
+    """What diffusers gives the transformers of its other pipelines."""
+
+
+def with_peft():
+    model = WithPeft.from_config(diffusers_transformer().config)
+    model.load_state_dict(diffusers_transformer().state_dict())
+    return model.eval()
+
+
+def trained_in_diffusers(target_modules=AUTHORS, method="lora", **changes):
+    model = with_peft()
+    model.add_adapter(config_of_peft(method, target_modules, **changes))
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += NOISE * torch.randn_like(parameter)
+    return model
+
+
+def save_for_pipeline(model, folder, with_config):
+    config = model.peft_config["default"].to_dict() if with_config else None
+    tensors = peft.get_peft_model_state_dict(model)
+    diffusers.FluxPipeline.save_lora_weights(folder, tensors, transformer_lora_adapter_metadata=config)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@loras
+@pytest.mark.parametrize("patterns", PATTERNS)
+@pytest.mark.parametrize("of_pipeline", [True, False])
+def test_a_file_of_diffusers_with_its_config(folder, method, patterns, of_pipeline, tmp_path):
+    theirs, x = trained_in_diffusers(method=method, **PATTERNS[patterns]), inputs()
+    if of_pipeline:
+        file = save_for_pipeline(theirs, tmp_path, with_config=True)
+    else:
+        theirs.save_lora_adapter(tmp_path)
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+    expected = run_theirs(theirs, *x)
+    for model, run in both_models(folder):
+        assert load_adapter(model, file)["method"] == method
+        assert relative(run(*x), expected) < 1e-5
+
+
+@loras
+def test_a_file_of_diffusers_without_config_has_alpha_r(folder, method, tmp_path):
+    """As diffusers loads it, whatever it was trained with; ranks come from the tensors."""
+    file = save_for_pipeline(trained_in_diffusers(method=method, **PATTERNS["ranks"]), tmp_path, with_config=False)
+    theirs, x = with_peft(), inputs()
+    theirs.load_lora_adapter(load_file(file))
+    for model, run in both_models(folder):
+        assert load_adapter(model, file)["format"] == "diffusers"
+        assert {adapter.alpha / adapter.r for adapter in adapters(model).values()} == {1}
+        assert relative(run(*x), run_theirs(theirs, *x)) < 1e-5
+    save_adapter(model, tmp_path / "peft", layout="peft")
+    again = peft.PeftModel.from_pretrained(diffusers_transformer(), tmp_path / "peft").eval()
+    assert relative(run_theirs(again, *x), run_theirs(theirs, *x)) < 1e-5
+
+
+def with_alphas(file, alphas):
+    """alphas(i) for the i-th layer; those that are None are left out."""
+    tensors = load_file(file)
+    layers = sorted(key.removesuffix(".lora_A.weight") for key in tensors if key.endswith("lora_A.weight"))
+    given = {f"{layer}.alpha": alphas(i) for i, layer in enumerate(layers)}
+    save_file(tensors | {key: torch.tensor(value) for key, value in given.items() if value is not None}, file)
+    return given
+
+
+def test_a_file_of_diffusers_with_alphas(folder, tmp_path):
+    file = save_for_pipeline(trained_in_diffusers(["to_q", "proj"]), tmp_path, with_config=False)
+    tensors, x = load_file(file), inputs()
+    alphas = with_alphas(file, lambda i: 0.5 + i)
+    theirs = with_peft()
+    theirs.load_lora_adapter(tensors, network_alphas=alphas)
+    expected = diffusers_transformer()  # diffusers may read the names of alphas in another way; the formula does not
+    with torch.no_grad():
+        for key, alpha in alphas.items():
+            name = key.removeprefix("transformer.").removesuffix(".alpha")
+            A, B = (tensors[key.replace("alpha", f"lora_{each}.weight")] for each in "AB")
+            weight = expected.get_submodule(name).weight
+            weight += alpha / 4 * (B.flatten(1) @ A.flatten(1)).view_as(weight)
+    for model, run in both_models(folder):
+        load_adapter(model, file)
+        assert relative(run(*x), run_theirs(expected, *x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "alphas, message",
+    [
+        (
+            lambda i: None if i == 3 else 4.0,
+            r"\.alpha of every layer .* or of none",
+        ),
+        (lambda i: [4.0, 4.0], r"an \.alpha of .*attn1.to_q that is not one number"),
+        (lambda i: torch.nan, "alpha=nan is not a number"),
+        (lambda i: 4, "alpha in I64; expected floating"),
+    ],
+)
+def test_a_file_of_diffusers_with_strange_alphas_is_refused(alphas, message, folder, tmp_path):
+    file = save_for_pipeline(trained_in_diffusers(["to_q"]), tmp_path, with_config=False)
+    with_alphas(file, alphas)
+    assert_refused(message, file, load_transformer(folder))
+
+
+def test_a_file_whose_alpha_is_elsewhere_is_refused(folder, tmp_path):
+    """peft's tensors without its config; the script of PixArt's authors writes them under another name too."""
+    trained_by_peft(tmp_path / "theirs", "lora")
+    assert_refused("does not say its alpha; name the folder", tmp_path / "theirs" / WEIGHTS, load_transformer(folder))
+    tensors = {f"unet.{key}": value for key, value in load_file(tmp_path / "theirs" / WEIGHTS).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert_refused("has unet.base_model.*, which is for no layer", tmp_path / "a.safetensors", load_transformer(folder))
+    file = save_for_pipeline(trained_in_diffusers(["to_q"]), tmp_path, with_config=True)
+    save_file({**load_file(file), "text_encoder.q.lora_A.weight": torch.zeros(4, 16)}, file)
+    assert_refused("has text_encoder.q.lora_A.weight .*, which is for no layer", file, load_transformer(folder))
+
+
 # ---- mistakes ---------------------------------------------------------------------------------------------------
 
 
@@ -188,9 +362,15 @@ BROKEN = {
     "cannot be read as safetensors": lambda folder: (folder / WEIGHTS).write_bytes(b"half"),
     "is for VERA; only LORA": edit(peft_type="VERA"),
     'bias is "lora_only"; only adapters without it': edit(bias="lora_only"),
-    'rank_pattern is {"to_q": 2}; only': edit(rank_pattern={"to_q": 2}),
+    r"to_q.lora_A.weight of shape \[4, 16\] where \[2, 16\]": edit(rank_pattern={"to_q": 2}),
+    "rank_pattern is .*; expected an object, each value a whole number": edit(rank_pattern={"to_q": "2"}),
+    "alpha_pattern is .*; expected an object, each value a number": edit(alpha_pattern={"to_q": True}),
+    r"alpha_pattern has 'to_\[', no regular expression": edit(alpha_pattern={"to_[": 2}),
+    r"alpha_pattern has '\(a\*\)\*', which may take too long": edit(alpha_pattern={"(a*)*": 2}),
+    r"rank_pattern has '.*X', which may take too long": edit(rank_pattern={".*.*.*.*X": 2}),
+    "use_rslora is 1; expected true or false": edit(use_rslora=1),
     r'modules_to_save is \["proj_out"\]; only': edit(modules_to_save=["proj_out"]),
-    "use_rslora is true; only": edit(use_rslora=True),
+    'exclude_modules is "to_k"; only': edit(exclude_modules="to_k"),
     'init_lora_weights is "pissa"; only': edit(init_lora_weights="pissa"),
     "layers_to_transform is 0; only": edit(layers_to_transform=0),
     "a_setting_of_the_future is 1; only": edit(a_setting_of_the_future=1),
@@ -198,7 +378,7 @@ BROKEN = {
     "lora_alpha is True; expected a number": edit(lora_alpha=True),
     "target_modules is None; expected text, or a list": edit(target_modules=None),
     r"target_modules is \[1\]; expected text, or a list": edit(target_modules=[1]),
-    "which is for no attention of": edit(target_modules=["tn1.to_q"]),
+    "which is for no layer of": edit(target_modules=["tn1.to_q"]),
     "lacks .*to_q.lora_A.weight and 3 more": edit(target_modules=[*TARGETS["endings"], "attn2.to_q"]),
     "has .*lora_A.weight and 3 more, which": edit(target_modules=["attn1.to_q", "attn1.to_k", "attn1.to_out.0"]),
     "config.json is not JSON .*NaN": edit(lora_alpha=float("nan")),
@@ -209,13 +389,16 @@ BROKEN = {
     "header holds 5; expected an object": header("5"),
     "header: notes is .*; expected an object": header('{"notes": [1]}'),
     "header: prompt is 5; expected text": header('{"prompt": 5}'),
-    "has nothing, which is for no attention": change_tensors(lambda tensors: tensors.clear()),
+    "has nothing, which is for no layer": change_tensors(lambda tensors: tensors.clear()),
     f"NaN or infinite values in {KEY}": change_tensors(lambda tensors: tensors[KEY].fill_(torch.inf)),
     f"has {KEY} in I64; expected": change_tensors(lambda tensors: tensors.update({KEY: tensors[KEY].long()})),
     "r=0 is not a rank": edit(r=0),
     f"lacks {KEY}$": change_tensors(lambda tensors: tensors.pop(KEY)),
-    r"has .*ff.net.2.lora_A.weight, which": change_tensors(
-        lambda tensors: tensors.update({KEY.replace("attn1.to_q.lora_B", "ff.net.2.lora_A"): torch.zeros(4, 16)})
+    r"lacks .*ff.net.2.lora_B.weight$": change_tensors(
+        lambda tensors: tensors.update({KEY.replace("attn1.to_q.lora_B", "ff.net.2.lora_A"): torch.zeros(4, 64)})
+    ),
+    r"has .*ff.lora_A.weight, which": change_tensors(
+        lambda tensors: tensors.update({KEY.replace("attn1.to_q.lora_B", "ff.lora_A"): torch.zeros(4, 16)})
     ),
     rf"has {KEY} of shape \[16, 3\] where \[16, 4\]": change_tensors(
         lambda tensors: tensors.update({KEY: torch.zeros(16, 3)})

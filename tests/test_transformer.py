@@ -5,12 +5,12 @@ Tolerance in float32: ‖ours − theirs‖ / ‖theirs‖ ≤ 2e-5.
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
 
 from dit.checkpoint import load_transformer
 from dit.config import TransformerConfig
 from dit.transformer import PixArtTransformer, _position_table, position_table
 
+PixArtTransformer2DModel = pytest.importorskip("diffusers").PixArtTransformer2DModel
 TINY = dict(num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=16, caption_channels=12,
             use_additional_conditions=False)  # fmt: skip
 

@@ -92,7 +92,8 @@ def train_judge(args, vae, folder):
 
     def loss(step):
         rng = rng_of("judge", args.seed, step + 1)
-        scenes = [sample_scene(rng, withheld=rng.random() < 0.15) for _ in range(32)]
+        scenes = [sample_scene(rng, withheld=True, two_things=0.0) for _ in range(4)]
+        scenes += [sample_scene(rng, two_things=0.6) for _ in range(28)]
         images = to_tensor([draw(scene) for scene in scenes]).to(args.device)
         with torch.no_grad():
             images[::2] = vae.decode(vae.encode(images[::2]))

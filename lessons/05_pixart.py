@@ -218,7 +218,7 @@ texts, masks, latents = text.expand(n, -1, -1), mask.expand(n, -1), latent.expan
 x = add_noise(latents, many, torch.full((n,), 250), pipe.schedule)  # (n, 4, 16, 16)
 lies = {said: mse_loss(model(x, torch.full((n,), said), texts, masks)[:, :4], many).item() for said in (50, 250, 750)}
 lesson.table(("told t =", "error of the noise, true t = 250"), list(lies.items()))
-lesson.check("told too small a t: error, times that of the truth", lies[50] / lies[250], (15, 45), form=".0f")
+lesson.check("told too small a t: error, times that of the truth", lies[50] / lies[250], (20, 70), form=".0f")
 lesson.check("told too large a t: error, times that of the truth", lies[750] / lies[250], (20, 60), form=".0f")
 
 # %% [markdown]

@@ -165,7 +165,8 @@ class SparseAttention(nn.Module):
         """Attributes of the base, for code that reads them, such as nn.TransformerEncoderLayer.
 
         Without gradients, that layer computes the attention itself from these weights and bypasses this module. It may
-        do so only while all adapters are silent, because nn.TransformerEncoder decides once for all its layers.
+        do so only while all sparse adapters are silent, because nn.TransformerEncoder decides once for all its layers.
+        Adapters of Linears are in the weights that it reads.
         """
         try:
             return super().__getattr__(name)
@@ -173,7 +174,7 @@ class SparseAttention(nn.Module):
             if name == "base":
                 raise
         value = getattr(self.base, name)
-        everyone = [adapter for group in self.together for adapter in group]
+        everyone = [adapter for group in self.together for adapter in group if adapter.method == "sparse"]
         if isinstance(value, torch.Tensor) and (torch.is_grad_enabled() or not all(a.silent() for a in everyone)):
             return value.as_subclass(NotAlone)
         return value

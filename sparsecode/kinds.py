@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Attention, merge_heads, split_heads
+from .common import UserError
 
 
 @dataclass
@@ -143,6 +144,8 @@ class Torch:
     @staticmethod
     def take_apart(attention, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
                    average_attn_weights=True, is_causal=False):  # fmt: skip
+        if query.is_nested:  # from nn.TransformerEncoder, which asks its first layer alone
+            raise UserError("nested tensors are not supported; give nn.TransformerEncoder enable_nested_tensor=False")
         heads, batched = attention.num_heads, query.ndim == 3
 
         def batch_first(x):

@@ -133,6 +133,19 @@ def inputs():
     return torch.randn(2, 5, 8), torch.randn(2, 3, 8)
 
 
+def test_nested_tensors_are_refused():
+    """nn.TransformerEncoder makes them if its first layer has no adapter and the padding is at the end."""
+    encoder = randomize(Coder()).encoder
+    shake(attach(encoder, target="1.self_attn", **OPTIONS))
+    x, padding = torch.randn(2, 5, 8), torch.arange(5).expand(2, 5) > 3
+    with torch.no_grad(), pytest.raises(UserError, match="enable_nested_tensor=False"):
+        encoder(x, src_key_padding_mask=padding)
+    encoder.use_nested_tensor = False  # what that option sets
+    with torch.no_grad():
+        fast = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(fast, encoder.train()(x, src_key_padding_mask=padding), **CLOSE)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_no_fast_path_goes_past_an_adapter_of_a_transformer_layer(training):
     """Without gradients nn.TransformerEncoder computes everything itself, on nested tensors."""

@@ -186,6 +186,19 @@ def test_no_fast_path_goes_past_the_second(scales, files):
     assert (fast - before).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("target", ["attn", "linear"])
+def test_a_fast_path_is_free_beside_a_sparse_one_of_scale_0(target, files):
+    """LoRA is in the weights that it reads, so it gives the very numbers that it gives for LoRA alone."""
+    (sparse,), (lora,) = (
+        files(lambda: randomize(Coder()), [name], where) for name, where in (("sparse", "attn"), ("lora", target))
+    )
+    alone, model = randomize(Coder()), randomize(Coder())
+    load_adapter(alone, lora), load_adapter(model, sparse), load_adapter(model, lora)
+    set_scale(model, [0, 1])
+    with torch.no_grad():
+        assert torch.equal(model(*inputs()), alone(*inputs()))
+
+
 def test_what_is_meant_for_one_is_refused(files, tmp_path):
     model = make()
     for path in files(make, PAIRS[0], "attn1"):

@@ -76,7 +76,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--images", nargs="+", required=True, metavar="PATH", help="a folder or files; captions in name.txt beside")
     add("--prompt", type=unicode, help="caption of all pictures, instead of files")
-    add("--from", dest="start", type=unicode, metavar="FILE", help="train this adapter on; it decides the next seven")
+    add("--from", dest="start", type=unicode, metavar="FILE", help="train this adapter; omit --method to --target")
     add("--method", choices=METHODS, help="(sparse)")
     add("--atoms", type=int, help="M, the atoms beside each attention")
     add("--density", type=float, help="ρ, the share of atoms that a token uses")

@@ -24,7 +24,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("prompts", type=unicode, nargs="+", metavar="PROMPT")
     add("--negative-prompt", type=unicode, default="", help="what not to draw, in place of the empty prompt")
-    add("--adapter", type=Path, nargs="+", help="adapter.safetensors of dit.finetune, or folders in peft's layout")
+    add("--adapter", type=Path, nargs="+", help="files of dit.finetune or diffusers, or folders of peft")
     add("--density", type=float, nargs="+", help="draw with each of these densities ρ instead of the trained one")
     add("--keep-atoms", type=atom_count, nargs="+", help="draw with only so many of the most important atoms, or all")
     add("--scale", type=float, nargs="+", help="s in O + s·ΔO: 0 for the base model, 1 as trained; or one per adapter")

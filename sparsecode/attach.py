@@ -25,7 +25,7 @@ def attach(model, method="sparse", target="attn1", **options):
 
     `target` is a regular expression, searched for anywhere in the name. For all but "sparse", a target that no
     attention matches names Linears by their own dotted names, "attn1.to_q|ff", and for LoRA and DoRA a Conv2d without
-    groups. Returns the new adapters.
+    groups or dilation. Returns the new adapters.
     """
     if attached(model):
         raise UserError(
@@ -158,7 +158,7 @@ def linears(model, target=""):
 
 def _is_linear(module):
     if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.padding_mode == "zeros"
+        return module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
     inside = nn.modules.linear.NonDynamicallyQuantizableLinear  # of nn.MultiheadAttention, which takes its weight away
     return isinstance(module, nn.Linear) and not isinstance(module, inside)
 

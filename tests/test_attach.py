@@ -162,3 +162,13 @@ def test_linears_are_no_place_for_sparse_adapters_nor_a_convolution_for_oft():
     with pytest.raises(UserError, match="no attention or Linear is named like 'nothing'"):
         attach(model, "lora", target="nothing")
     assert not adapters(model)
+
+
+@pytest.mark.parametrize("unlike", [{"groups": 2}, {"dilation": 2}, {"padding": 1, "padding_mode": "circular"}])
+def test_a_convolution_that_lora_cannot_continue_is_refused(unlike):
+    """peft builds A without the dilation, so a file of its own would mean something else here."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, **unlike))
+    assert len(attach(model, "lora", target="0", r=2)) == 1
+    detach(model)
+    with pytest.raises(UserError, match="no attention or Linear is named like '1'"):
+        attach(model, "lora", target="1", r=2)

@@ -428,7 +428,7 @@ def trade(ours, paper):
         for (name, (x, y)), height in zip(points.items(), heights):
             color = BLUE if "ρ" in name else GREY if name == "not trained" else ORANGE
             ax.plot(x, y, "o", color=color)
-            line = {"arrowstyle": "-", "color": "0.85"}
+            line = {"arrowstyle": "-", "color": "0.85", "relpos": (0, 0.5)}  # to the left end of the name
             ax.annotate(name, (x, y), (right, height), color=color, va="center", arrowprops=line)
         left, right = ax.get_xlim()
         ax.set(xlabel="fidelity", title=f"{title} (blue: sparse)", xlim=(left, right + 0.4 * (right - left)))

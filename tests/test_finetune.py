@@ -616,8 +616,8 @@ def test_an_out_that_is_not_free(options, tmp_path, mistake):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("mine")
-    assert "no folder" in mistake(finetune, *options, "--out", tmp_path / "file")
-    assert "no folder" in mistake(finetune, *options, "--out", tmp_path / "file" / "run")
+    assert "not a folder" in mistake(finetune, *options, "--out", tmp_path / "file")
+    assert "not a folder" in mistake(finetune, *options, "--out", tmp_path / "file" / "run")
     assert "thesis.doc" in mistake(finetune, *options, "--out", tmp_path / "full")
     assert "thesis.doc" in mistake(finetune, *options, "--out", tmp_path / "full", "--resume")
     assert sorted(os.listdir(tmp_path)) == ["file", "full"] and os.listdir(tmp_path / "full") == ["thesis.doc"]

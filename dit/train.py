@@ -288,8 +288,9 @@ def fingerprint(pipe, images, captions, config):
 def files_checksum(path):
     """Of a file, or of the files in a folder."""
     path, total = Path(path), 0
-    for path in sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]:
-        with open(path, "rb") as file:
+    names = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    for name in names:
+        with open(name, "rb") as file:
             while block := file.read(1 << 24):
                 total = zlib.crc32(block, total)
     return total

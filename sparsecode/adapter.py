@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention import merge_heads, split_heads
 from .common import UserError, checksum, is_number, is_whole
-from .kinds import kind_of
+from .kinds import Wrapper, kind_of
 from .thresholds import relu_threshold, soft_threshold, top_k
 
 THRESHOLDS = ("top_k", "soft", "relu")
@@ -149,7 +149,7 @@ class NotAlone(torch.Tensor):
     """A weight that PyTorch's fused fast paths refuse, because they accept no subclass of Tensor."""
 
 
-class SparseAttention(nn.Module):
+class SparseAttention(Wrapper):
     """O + ΔO = O + S D, with S from the same attention map as O    (Eq. 9)
 
     Wraps any attention that `kinds.py` knows, and has its signature and attributes. X in X W_s are the tokens that V is
@@ -157,23 +157,17 @@ class SparseAttention(nn.Module):
     """
 
     def __init__(self, base, adapter):
-        super().__init__()
-        self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
+        super().__init__(base)
+        self.adapter, self.more = adapter, nn.ModuleList()
         self.together = [[adapter]]  # all adapters of the model; `attach.loaded`
 
-    def __getattr__(self, name):
-        """Attributes of the base, for code that reads them, such as nn.TransformerEncoderLayer.
+    def lend(self, name, value):
+        """Weights of the base with a mark, for nn.TransformerEncoderLayer, which reads them.
 
         Without gradients, that layer computes the attention itself from these weights and bypasses this module. It may
         do so only while all sparse adapters are silent, because nn.TransformerEncoder decides once for all its layers.
         Adapters of Linears are in the weights that it reads.
         """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-        value = getattr(self.base, name)
         everyone = [adapter for group in self.together for adapter in group if adapter.method == "sparse"]
         if isinstance(value, torch.Tensor) and (torch.is_grad_enabled() or not all(a.silent() for a in everyone)):
             return value.as_subclass(NotAlone)

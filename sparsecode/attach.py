@@ -9,7 +9,7 @@ from torch import nn
 from .adapter import SparseAdapter, SparseAttention
 from .baselines import OFT, AdaptedLinear, DoRA, LoRA
 from .common import UserError, is_number
-from .kinds import Unpacked, kind_of
+from .kinds import Unpacked, Wrapper, kind_of
 
 WRAPPERS = (SparseAttention, AdaptedLinear)
 METHODS = {adapter.method: adapter for adapter in (SparseAdapter, LoRA, DoRA, OFT)}
@@ -179,7 +179,7 @@ def attached(model):
 
 
 def inserted(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, (*WRAPPERS, Unpacked))}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Wrapper)}
 
 
 def unwrapped(module):

@@ -13,23 +13,15 @@ from torch import nn
 
 from .adapter import Adapter
 from .common import UserError, is_number, is_whole
+from .kinds import Wrapper
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Wrapper):
     """A frozen Linear or Conv2d whose adapter computes the output in its place. Several add what each changes."""
 
     def __init__(self, base, adapter):
-        super().__init__()
-        self.base, self.adapter, self.more = base, adapter, nn.ModuleList()
-
-    def __getattr__(self, name):
-        """The base's other attributes, for code that reads them."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-        return getattr(self.base, name)
+        super().__init__(base)
+        self.adapter, self.more = adapter, nn.ModuleList()
 
     @property
     def active(self):

@@ -90,17 +90,12 @@ class Rows(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class Unpacked(nn.Module):
-    """An nn.MultiheadAttention whose four projections are modules, so that adapters can be put on them.
-
-    PyTorch's own code then runs with the weights that these modules have, and its fast paths read them here.
-    """
+class Wrapper(nn.Module):
+    """Stands in for the module `base`, and has its attributes, for code that reads them."""
 
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.q_proj, self.k_proj, self.v_proj = (Rows(base, part) for part in range(3))
-        self.out_proj = base.out_proj
 
     def __getattr__(self, name):
         try:
@@ -108,7 +103,25 @@ class Unpacked(nn.Module):
         except AttributeError:
             if name == "base":
                 raise
-        value = getattr(self.base, name)
+        return self.lend(name, getattr(self.base, name))
+
+    def lend(self, name, value):
+        """What to give instead of the base's attribute."""
+        return value
+
+
+class Unpacked(Wrapper):
+    """An nn.MultiheadAttention whose four projections are modules, so that adapters can be put on them.
+
+    PyTorch's own code then runs with the weights that these modules have, and its fast paths read them here.
+    """
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.q_proj, self.k_proj, self.v_proj = (Rows(base, part) for part in range(3))
+        self.out_proj = base.out_proj
+
+    def lend(self, name, value):
         return self.weights().get(name, value) if name.endswith("_proj_weight") else value
 
     def weights(self):

@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix):
-    """About U Vᵀ for a matrix U S Vᵀ (a, b), by five steps of Newton and Schulz: singular values within 0.7 to 1.2."""
+    """About U Vᵀ for a matrix U S Vᵀ (a, b), by five steps of Newton and Schulz: its singular values come near 1."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # (short, long)
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):

@@ -1,7 +1,7 @@
 """A small classifier that judges whether a picture shows what its caption says, trained on rendered scenes.
 
-python -m dit.tiny.judge                                  the tiny model, on seen and withheld combinations
-python -m dit.tiny.judge --adapter runs/robot/adapter.safetensors
+    python -m dit.tiny.judge                                  the tiny model, on seen and withheld combinations
+    python -m dit.tiny.judge --adapter runs/robot/adapter.safetensors
 """
 
 import math

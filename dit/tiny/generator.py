@@ -32,7 +32,8 @@ def cached_scenes(args, vae, tokenizer, encoder, folder):
             texts += [caption(scene, rng) for scene in scenes for _ in range(2)]  # picture i has captions 2i, 2i + 1
             for i, scene in enumerate(scenes, start):
                 for left, top, right, bottom in (thing.box for thing in scene.things):
-                    things[i, top // factor : bottom // factor, left // factor : right // factor] = True
+                    left, top = max(0, left), max(0, top)  # the rim may lie outside
+                    things[i, top // factor : -(-bottom // factor), left // factor : -(-right // factor)] = True
         unique = [""] + sorted(set(texts))
         row = {text: i for i, text in enumerate(unique)}
         ids, mask = tokenizer(unique, 32)

@@ -192,9 +192,9 @@ def draw_subject(name, background, size, place, side=256):
 
 def draw_parts(parts, background, size, place, side):
     canvas = draw_background(background, "plain", side * SUPERSAMPLE)
-    centre = 0.5 + OFFSET[size] / 64 * np.array(PLACES[place])
+    centre = 0.5 + OFFSET / 64 * np.array(PLACES[place])
     for polygons, rgb in parts:
-        paint(canvas, polygons, rgb, centre, 0.46 * SIZES[size] / 64)
+        paint(canvas, polygons, rgb, centre, 0.43 * SIZES[size] / 64)
     return canvas.reduce(SUPERSAMPLE)
 
 

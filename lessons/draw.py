@@ -419,17 +419,17 @@ def cosines(pictures, captions, values):
 
 
 def trade(ours, paper):
-    """Diversity against fidelity, {setting: (fidelity, diversity)} here and in the paper"""
+    """Diversity against fidelity, {dit.study.Setting: (fidelity, diversity)} here and in the paper"""
     figure, axes = panels(1, 2, width=9.6, height=4.6)
     for ax, (title, points) in zip(axes, {"here": ours, "the paper": paper}.items()):
         xs, ys = zip(*points.values())
         heights = apart(ys, 0.06 * (max(ys) - min(ys)))
         right = max(xs) + 0.08 * (max(xs) - min(xs))  # labels stand in a column beside the points
-        for (name, (x, y)), height in zip(points.items(), heights):
-            color = BLUE if "ρ" in name else GREY if name == "not trained" else ORANGE
+        for (setting, (x, y)), height in zip(points.items(), heights):
+            color = {"sparse": BLUE, "base": GREY}.get(setting.method, ORANGE)
             ax.plot(x, y, "o", color=color)
             line = {"arrowstyle": "-", "color": "0.85", "relpos": (0, 0.5)}  # to the left end of the name
-            ax.annotate(name, (x, y), (right, height), color=color, va="center", arrowprops=line)
+            ax.annotate(str(setting), (x, y), (right, height), color=color, va="center", arrowprops=line)
         left, right = ax.get_xlim()
         ax.set(xlabel="fidelity", title=f"{title} (blue: sparse)", xlim=(left, right + 0.4 * (right - left)))
     axes[0].set_ylabel("diversity")
@@ -437,14 +437,14 @@ def trade(ours, paper):
 
 
 def sweeps(curves):
-    """{what is varied: (its values (n,), alignment, fidelity and diversity (n, 3))}: a row for each"""
+    """{what is varied: {value: (alignment, fidelity, diversity)}}: a row of plots for each"""
     titles = "alignment (the paper: falls)", "fidelity (the paper: rises)", "diversity (the paper: falls)"
     figure, rows = panels(2, 3, width=9.6, height=5)
-    for axes, (varied, (values, scores)) in zip(rows, curves.items()):
-        for ax, title, score in zip(axes, titles, zip(*scores)):
-            ax.plot(values, score, "o-", color=BLUE)
+    for axes, (varied, points) in zip(rows, curves.items()):
+        for ax, title, score in zip(axes, titles, zip(*points.values())):
+            ax.plot(list(points), score, "o-", color=BLUE)
             ax.set(xscale="log", xlabel=varied, title=title)
-            decimal_ticks(ax.xaxis, values)
+            decimal_ticks(ax.xaxis, list(points))
     return figure
 
 

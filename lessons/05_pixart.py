@@ -10,8 +10,7 @@
 # No strawberry on blue was in the training pictures.*
 #
 # The network is **PixArt-Σ** (Chen et al., 2024), the model that the paper fine-tunes. Here it is small: 2.3 million
-# parameters instead of 610 million, but every part is there. These are the parts, in the order of this lesson's
-# sections:
+# parameters instead of 610 million, but every part is there. These are the parts:
 #
 #     encoder        picture                            →  latent, a smaller picture
 #     text encoder   sentence                           →  vectors, one for each word
@@ -53,7 +52,7 @@ for parameter in model.parameters():
 # it has 4 channels of 16 × 16. (The autoencoder is a VAE, as in lesson [4](04_mnist_vae.md).)
 #
 # How much is lost on the way? We measure the likeness of two pictures by their **PSNR**, the peak signal-to-noise
-# ratio, in decibels (dB). At 20 dB the mean error is 10 % of the range from black to white, at 40 dB it is 1 %.
+# ratio, in decibels (dB). At 20 dB a typical error is 10 % of the range from black to white, at 40 dB it is 1 %.
 #
 # **Predict:** the latent has far fewer numbers than the picture. What will the decoded picture have lost?
 
@@ -95,9 +94,9 @@ lesson.show(figure, "05_latent", "A picture, its latent, and the decoded picture
 # $$\lVert \mathrm{model}(x_t, t, \mathrm{text}) - ε \rVert^2$$
 #
 # That is all of the training: draw a picture, a timestep and noise at random, and take a step that lowers this loss.
-# (The network gives 8 channels. The first 4 are $ε$; the others are a guess of its variance, which nothing here uses.)
+# (The network gives 8 channels. The first 4 are the guess of $ε$. Nothing here uses the others.)
 #
-# A guess of the noise is also a guess of the picture: solve the first equation for $x_0 = (x_t - σ_t ε) / α_t$.
+# A guess of the noise is also a guess of the picture: the first equation says $x_0 = (x_t - σ_t ε) / α_t$.
 #
 # **Predict:** we add noise of five strengths to the strawberry. From which can the model still guess the picture?
 
@@ -126,9 +125,9 @@ figure = draw.picture_rows({"with\nnoise": to_pil(torch.cat(noisy)), "guess": to
 lesson.show(figure, "05_noise", "The strawberry with more and more noise, and what the model guesses from it")
 
 # %% [markdown]
-# Two columns of the table go opposite ways. The *noise* is easiest to guess when there is nothing else, so the loss
-# falls with $t$. The *picture* is harder to guess with each $t$. How can both be true? An error of the noise becomes an
-# error of the picture, times $σ_t / α_t$. At $t = 50$ this factor is 0.2, at $t = 950$ it is 97.
+# The last two columns both fall, but a lower loss is better and fewer dB are worse. The *noise* is easiest to guess
+# when there is nothing else. The *picture* is harder to guess the larger $t$ is. How can both be true? An error of the
+# noise becomes an error of the picture, times $σ_t / α_t$. At $t = 50$ this factor is 0.2, at $t = 950$ it is 97.
 #
 # Look at $t = 500$: the eye sees only noise, but the guess of the model is already close. The model has help, because
 # it also knows the sentence.
@@ -228,7 +227,7 @@ lesson.check("told too large a t: error, times that of the truth", lies[750] / l
 #
 # The sentence enters through `attn2` alone. There $A$ has a row for each image token and a column for each word. Each
 # row sums to 1, so it says how a patch shares out its attention. We take the mean over heads, over noises, and over all
-# blocks but the first. Then we draw for each word how much each patch looks at it.
+# blocks but the first, where no patch has read a word yet. Then we draw for each word how much each patch looks at it.
 #
 # **Predict:** which patches look at "strawberry"? And which at "blue"?
 
@@ -273,11 +272,11 @@ lesson.show(figure, "05_cross_attention", "For each word, which patches look at 
 # Why is this the *right* difference? Write $x$ for the noisy latent, $α$ and $σ$ for those of its timestep, and
 # $∇ \log p(x)$ for the direction in which $x$ gets more likely.
 #
-# 1. If the clean picture $x_0$ is known, $x$ is normal around $α x_0$, so
+# 1. If the clean picture $x_0$ is known, $x$ has a normal distribution with mean $α x_0$ and variance $σ^2$. So
 #    $∇ \log p(x | x_0) = -(x - α x_0) / σ^2 = -ε / σ$.
-# 2. Many pictures may lie behind $x$. Take the mean of both sides over all of them. The left side becomes
-#    $∇ \log p(x)$. On the right, the mean of $ε$ is the best guess of the noise. So
-#    $ε_\mathrm{empty} = -σ ∇ \log p(x)$.
+# 2. Many pictures may lie behind $x$. Take the mean of both sides over all of them, weighted by $p(x_0 | x)$. The left
+#    side becomes $∇ \log p(x)$: to see this, divide $∇ p(x) = \int p(x_0) ∇ p(x | x_0) dx_0$ by $p(x)$. On the right,
+#    the mean of $ε$ is the guess with the lowest loss. So $ε_\mathrm{empty} = -σ ∇ \log p(x)$.
 # 3. With the sentence, in the same way, $ε_\mathrm{text} = -σ ∇ \log p(x | \mathrm{text})$. The difference is
 #
 # $$ε_\mathrm{text} - ε_\mathrm{empty} = -σ ∇ \log \frac{p(x | \mathrm{text})}{p(x)} = -σ ∇ \log p(\mathrm{text} | x)$$
@@ -286,7 +285,8 @@ lesson.show(figure, "05_cross_attention", "For each word, which patches look at 
 # $p(\mathrm{text})$ does not depend on $x$.
 #
 # So what is common to all pictures cancels. What is left is the direction in which $x$ fits the sentence better, and
-# nothing else. With $w = 1$ it is added once: that is the plain model. With $w = 2$ the sentence counts twice.
+# nothing else. The minus is right, because the sampler takes the noise away. With $w = 1$ the difference is added once:
+# that is the plain model. With $w = 2$ the sentence counts twice.
 #
 # First: does the sentence help at all? We print the error at $t = 500$ with the right caption, with none, and with a
 # wrong one:
@@ -325,7 +325,7 @@ figure = draw.picture_rows({"": drawn}, [row[0] for row in table])
 lesson.show(figure, "05_guidance", "The same noise and sentence with five strengths of guidance")
 
 # %% [markdown]
-# $w = 0$ ignores the sentence, so almost nothing is right. $w = 10$ leaves the pictures that the model has learned:
+# $w = 0$ ignores the sentence, so almost nothing is right. $w = 10$ leads away from what the model has learned:
 # colours become harsh, shapes break, and the judge finds fewer pictures right. In between the judge sees little
 # difference. Compare the details of the strawberry there. The tiny model's own $w$ is in `pipe.defaults`.
 #
@@ -388,9 +388,9 @@ lesson.show(figure, "05_denoising", "Five steps from noise to a strawberry, and 
 #
 # ## Where it stops being true
 #
-# - **A latent is not the picture.** What the decoder cannot draw, no training of the transformer brings back.
-# - **Guidance is exact only for the best possible guess.** The real model is only near it, and a large $w$ enlarges its
-#   errors too. Besides, nobody has trained it for what comes out with $w > 1$.
+# - **A latent is not the picture.** What the decoder cannot draw, no training of the network brings back.
+# - **Guidance is exact only for the best possible guess.** The real model is only near it, and a large $w$ enlarges the
+#   errors too. Besides, the model was never trained on what comes out with $w > 1$.
 # - **A map over words is no explanation.** Each vector knows of the whole sentence.
 # - **Unknown words.** T5 gives a vector for any word. The tiny model knows 100 things, and a robot is not among them.
 #   Asked for one, it draws some mixture. Lesson [6](06_finetune.md) teaches it a robot.

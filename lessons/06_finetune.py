@@ -10,8 +10,8 @@
 # *Left: the only training picture. Then the same prompt with the 0, 4, 40, … most important atoms. Each row starts from
 # another noise.*
 #
-# You need lessons [2](02_attention_as_dictionary.md) and [5](05_pixart.md). It takes about 17 seconds on two CPU cores,
-# 8 with `--quick`.
+# You need lessons [2](02_attention_as_dictionary.md) and [5](05_pixart.md). This lesson takes about 17 seconds on two
+# CPU cores, 8 with `--quick`.
 #
 # ## The words
 #
@@ -138,8 +138,8 @@ lesson.check("a fresh adapter changes nothing (1: yes, to the bit)", rows[0][4],
 # It is the training of lesson 5: draw timesteps and noise, guess the noise, take a step. Only the optimizer differs: it
 # holds the parameters of the adapters and no others.
 #
-# **Predict:** the model must remember only *one* picture. How far will the loss fall? (Who knows $x_0$ exactly can
-# compute the noise, $ε = (x_t - α_t x_0) / σ_t$. So 0 is possible.)
+# **Predict:** the model must remember only *one* picture. How far will the loss fall? (A model that knows $x_0$ exactly
+# can compute the noise, $ε = (x_t - α_t x_0) / σ_t$. So 0 is possible.)
 
 # %%
 config = TrainConfig.of(pipe, method="sparse", epochs=10 if lesson.quick else 50, lr=0.003)
@@ -160,7 +160,7 @@ for step in range(n_steps):
 # %% [markdown]
 # The library's `train` does the same in one call. It can also spread the work over processes, and continue after a
 # stop. We compare both. The loss of a step depends much on its timesteps and noise, so we measure all models with the
-# same 64.
+# same 64 timesteps and noises.
 
 
 # %%
@@ -218,9 +218,9 @@ lesson.check("entries of σ(X W_s) that are not zero", picks.ne(0).float().mean(
 lesson.check("entries of S that are not zero", S.ne(0).float().mean().item(), (0.2, 0.4), paper="sparse", form=".0%")
 
 # %% [markdown]
-# The picks are sparse, but $S$ is much less so. A token gets the picks of every token that it looks at, and a softmax
-# is never exactly zero. So "a few atoms for each token" is true only *before* mixing (more in lesson
-# [2](02_attention_as_dictionary.md)).
+# The picks are sparse, but $S$ is much less so. A softmax is never exactly zero, so each token gets the picks of *all*
+# tokens. An entry of $S$ is zero only if no token picks its atom. So "a few atoms for each token" is true only *before*
+# mixing (more in lesson [2](02_attention_as_dictionary.md)).
 #
 # ## How many atoms carry the robot?
 #
@@ -228,9 +228,9 @@ lesson.check("entries of S that are not zero", S.ne(0).float().mean().item(), (0
 # $|S_m|$ over tokens, times the length of the atom. We keep the $n$ most important atoms, switch off the others, and
 # draw again from the same noise. Nothing is trained again.
 #
-# How much of the robot is in a picture? We take the robot's own pixels and compute their correlation with those of the
-# training picture. 1 means the same robot, 0 means nothing in common. Is the ranking worth anything? As a control we
-# also draw with 400 atoms chosen at random.
+# How much of the robot is in a picture? We take the pixels where the robot should be and compute their correlation with
+# those of the training picture. 1 means the same robot, 0 means nothing in common. Is the ranking worth anything? As a
+# control we also draw with 400 atoms chosen at random.
 #
 # **Predict:** how many of the 2,048 atoms does a robot need? And what will the random 400 draw?
 

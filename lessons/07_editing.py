@@ -29,7 +29,8 @@
 # | **kept** | Is it this robot? | correlation of its pixels with a true drawing, as in lesson 6; 1 is perfect |
 # | **others** | What is **forgotten**? | share of captions of *other* things that are still drawn right |
 #
-# The judge does not know the robot. It is asked for the background, the pattern, the places, and the second thing.
+# The judge does not know the robot. It is asked for the background, the pattern, the places, and the second thing. A
+# true drawing is at hand for every edit, because the robot is made of polygons.
 #
 # Two names for later: **fidelity** is "kept" with the trained prompt, so it says how well the picture was learned. And
 # the **base model** is the model without any adapter.
@@ -95,7 +96,7 @@ lesson.check("sparse / LoRA, parameters", count["sparse"] / count["LoRA"], (1, 1
 # The only training picture has the robot at the top left on plain blue. We ask for a green background, for stripes, for
 # the robot at the bottom right, and for a strawberry beside it.
 #
-# **Predict:** which of these four edits is hardest?
+# **Predict:** which of these four edits is hardest? (The section "Kind by kind" has the answer.)
 
 # %%
 every = {(edit.kind, edit.background, edit.pattern, edit.place, edit.second): edit for edit in robot.edits()}
@@ -142,7 +143,7 @@ lesson.check("sparse − LoRA: kept over the edits", gap, (-0.1, 0.3), quick=(-0
 
 # %% [markdown]
 # With equally many parameters, both learn the picture, and both draw the robot in every edit. Which of the two keeps
-# more of it? The last check says so, but two seeds of one robot are few. What does each forget? Read the column
+# more of it? The last check answers, but two seeds of one robot are few. What does each forget? Read the column
 # "others: right": with 16 captions, one wrong picture makes 6 %.
 #
 # ## One atom for each token, or rank 1 (Fig. 4)
@@ -164,9 +165,9 @@ lesson.check("one atom − rank 1: kept over the edits", gap, (-0.3, 0.3), quick
 #
 # ## At equal fidelity: the study
 #
-# The comparison above is not quite fair. The two methods may have learned the picture to a different degree, and who
-# has learned more can also keep more. So we compare them at equal fidelity too. `tests/benchmarks/editing.py` trains
-# both with several learning rates and lengths, and draws more edits. Its table ships with the project. We read it:
+# The comparison above is not quite fair. One method may have learned the picture better than the other, and so it can
+# also keep more. So we compare them at equal fidelity too. `tests/benchmarks/editing.py` trains both with several
+# learning rates and lengths, on more subjects, and draws more edits. Its table ships with the project. We read it:
 
 # %%
 table = defaultdict(list)  # (adapter, lr, epochs, kind of edit, column) -> one value for each edit and subject
@@ -201,12 +202,13 @@ figure = draw.fidelity(points)
 lesson.show(figure, "07_fidelity", "Edits kept, and other captions right, against fidelity, for each training")
 
 # %% [markdown]
-# *Each point is one training. Points above each other have equal fidelity: they have learned the robot equally well.*
+# *Each point is one way to train, the mean over the subjects. Points above each other have equal fidelity: they have
+# learned the subjects equally well.*
 #
 # Which of the two is higher at equal fidelity? The points of the two methods rarely lie exactly above each other. So we
 # fit a straight line to the points of each method, and read both lines at the same fidelity, the mean of all points.
 #
-# **Predict:** will the lead of the sparse dictionary become larger or smaller than above?
+# **Predict:** will the difference between the two methods become larger or smaller than above?
 
 # %%
 middle = np.mean([point[0] for each in points.values() for point in each])
@@ -238,7 +240,9 @@ lesson.table(headings, [(*run, *summary(run)) for run in dials])
 #
 # ## Kind by kind
 #
-# **Predict:** for which kinds of edit will the two methods differ?
+# We look at each kind of edit alone, after the longest training.
+#
+# **Predict:** for which kinds will the two methods differ?
 
 # %%
 usual = "0.003", "50"
@@ -260,7 +264,7 @@ for kind, expected in {"background": (-0.1, 0.1), "place": (-0.15, 0.15), "secon
 # ## When to use which
 #
 # The next table holds only what was measured here, with equally many parameters. A gap of less than 0.1 decides
-# nothing: a single one of the 16 other captions makes 0.06.
+# nothing, because the captions and the subjects are few.
 
 # %%
 questions = {f"kept, another {kind}": (*usual, [kind], "kept") for kind in ("background", "pattern", "place")}
@@ -276,12 +280,13 @@ lesson.table(("what you need", LORA, SPARSE, "better"), rows)
 
 # %% [markdown]
 # Take the table with care. All rows but the last are about the longest training. A lead there may shrink when all
-# trainings count: compare it with the table "at fidelity" above. Two more reasons do not depend on these numbers:
+# trainings count: compare it with the table "at fidelity" above. One reason for each method does not depend on these
+# numbers:
 #
 # - **For the sparse dictionary:** you can see what was learned. Its atoms can be ranked, counted, and switched off one
 #   by one (lesson [6](06_finetune.md)).
-# - **For LoRA:** its product can be added to the weights once, and then costs nothing. A threshold cannot be merged
-#   (lesson [2](02_attention_as_dictionary.md)).
+# - **For LoRA:** its product can be added to the weights once, and then costs nothing. With a dictionary this is not
+#   possible, because of its threshold (lesson [2](02_attention_as_dictionary.md)).
 #
 # ## Where it stops being true
 #

@@ -20,6 +20,11 @@
 # - We ask for it in 25 scenes: five places times five colours of the background. At most five of them are in the
 #   training pictures.
 #
+# The scores compare vectors, not pixels. The vectors come from **CLIP**: two networks, one for pictures and one for
+# texts. Each gives a vector of length 1. Both were trained together on pictures with captions, so that the vector of a
+# picture lies close to the vector of its own caption. For vectors of length 1, the dot product is the **cosine** of the
+# angle between them: 1 means the same direction, 0 means that they have nothing in common, −1 means opposite.
+#
 # What makes a good result? Three things, and the paper has a score for each:
 #
 # | score | what it asks | how it is computed |
@@ -27,11 +32,6 @@
 # | **alignment** | Is it what the prompt says? | mean cosine of each picture with its own prompt |
 # | **fidelity** | Is it the subject? | mean cosine of each picture with the subject's own pictures |
 # | **diversity** | Do the pictures differ? | the Vendi score, below |
-#
-# All three compare vectors, not pixels. The vectors come from **CLIP**: two networks, one for pictures and one for
-# texts. Each gives a vector of length 1. Both were trained together on pictures with captions, so that the vector of a
-# picture lies close to the vector of its own caption. For vectors of length 1, the dot product is the **cosine** of the
-# angle between them: 1 means the same direction, 0 means that they have nothing in common.
 #
 # The tiny model ships with a CLIP of its own, trained on the same small world. Does it work? We draw 100 new scenes.
 # For each picture we look for the nearest of the 100 captions: the one with the highest cosine.
@@ -76,8 +76,7 @@ lesson.show(figure, "08_clip", "Five pictures, five captions, and the cosine of 
 # %% [markdown]
 # *The cosine of each picture with each caption. A picture's own caption is in bold.*
 #
-# The bold numbers also give the scale of alignment. A picture and its own caption are far from a cosine of 1: compare
-# with them when you read the scores below.
+# The bold numbers also give the scale of alignment: even a picture and its own caption are far from a cosine of 1.
 #
 # ## Diversity: how many different pictures?
 #
@@ -85,7 +84,7 @@ lesson.show(figure, "08_clip", "Five pictures, five captions, and the cosine of 
 # $K/n$ are never negative and add up to 1, so they are like shares. Two extreme cases:
 #
 # - All pictures are equal: one eigenvalue is 1, all others are 0.
-# - All pictures have nothing in common: each of the $n$ eigenvalues is $1/n$.
+# - No two pictures have anything in common: each of the $n$ eigenvalues is $1/n$.
 #
 # The **Vendi score** is $\exp(-\sum_i p_i \log p_i)$, where $p_i$ are these shares. It is 1 in the first case and $n$
 # in the second. So it counts pictures, and pictures that resemble each other count less. (The exponent is the *entropy*
@@ -173,9 +172,9 @@ lesson.show(figure, "08_pictures", "A robot at five places, as it should be and 
 # How to read the table:
 #
 # - **Fidelity** has a scale of its own. Even the perfect pictures do not reach 1, because the five training pictures
-#   differ in place and background. The owl shows the lower end: right scene, wrong subject.
-# - **Alignment** hardly looks at the subject. The owl gets almost as much as the robot. To this CLIP a word
-#   like "robot" may name any creature. So it reads mainly the place and the background.
+#   differ in place and background. The owl shows a low value: right scene, wrong subject.
+# - **Alignment** hardly looks at the subject. The owl gets almost as much as the robot. When this CLIP was trained, a
+#   word like "robot" named a new random creature each time. So it reads mainly the place and the background.
 # - **More diversity is not better.** The perfect pictures have less of it than those of any trained model, because they
 #   all show the same robot. Robots that are spoiled in different ways count as different pictures. So look at diversity
 #   beside fidelity.
@@ -286,7 +285,8 @@ lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by numb
 #   fidelity and lower diversity. Here only the step from 16 to 256 atoms shows it. With 256 atoms the pictures come so
 #   near to the perfect ones that nothing is left to gain: the curves above are flat from there on.
 # - **Fidelity and diversity, first column.** In the paper the pictures of the sparse dictionary are more diverse, at
-#   about the fidelity of LoRA and DoRA. A ? here says that the gap is smaller than chance.
+#   about the fidelity of LoRA and DoRA. A ✗ for one of these two in both scores says that here the dictionary has
+#   learned the robot better, and so its pictures are less diverse. A ? says that the gap is smaller than chance.
 #
 # ## Where it stops being true
 #

@@ -23,8 +23,8 @@
 #
 # - A **channel** $c$ is one of the $C$ numbers of a token or an atom.
 # - Two atoms are **orthogonal** if their dot product is zero: $d_i · d_j = \sum_c d_{ic} d_{jc} = 0$.
-# - The paper writes $f$ as a polynomial of each channel on its own: $f(x) = \sum_{k=1}^K c_k x^k$ (Eq. 10). $K$ is its
-#   **degree**.
+# - The paper writes $f$ as a polynomial of each channel on its own: $f(x) = \sum_{k=1}^K c_k x^k$ (Eq. 10). The $c_k$
+#   are numbers, and $K$ is the **degree**.
 #
 # ## Four lines
 #
@@ -136,8 +136,8 @@ lesson.show(draw.additivity(missed), "09_additivity", "Error of Eq. 11 by degree
 # ## Two layers
 #
 # Which powers of $d_m$ occur in the output of a second layer? The paper adds the degrees of both layers (Eq. 13). But a
-# polynomial *of* a polynomial multiplies them: $(x^3)^3 = x^9$. We send one atom, times a size from −1 to 1, through
-# two layers of degree 3. Then we fit a polynomial in the size to the output.
+# polynomial *of* a polynomial multiplies them: $(x^3)^3 = x^9$. We add one atom, times a size from −1 to 1, to a token
+# and send it through two layers of degree 3. Then we fit a polynomial in the size to the output.
 #
 # **Predict:** the paper's degree is 3 + 3 = 6. Is a polynomial of degree 6 enough?
 
@@ -152,7 +152,7 @@ for degree, expected in ((6, (1e-5, 1e-1)), (9, (0, 1e-12))):
     lesson.check(f"what a polynomial of degree {degree} misses", error, expected, form=".1g")
 
 # %% [markdown]
-# Degree 6 misses a little, degree 9 misses nothing. This makes the paper's next point stronger, not weaker. The atoms
+# Degree 6 misses a little, degree 9 misses nothing. This makes the paper's next point stronger, not weaker: the atoms
 # of an early layer pass through more layers, so higher powers of them reach the output. Their effects should be *less
 # linear* than those of atoms in a late layer.
 #
@@ -204,7 +204,7 @@ def generate():
 # For each block we measure two errors, both relative to the size of the true effect:
 #
 # - The **error of Eq. 11** compares the effect of the 16 most important atoms of the block together with the sum of the
-#   effects of each alone. It is zero if effects are additive.
+#   effects of each alone. It is zero if effects are additive. All other atoms, in all blocks, are switched off.
 # - The **error of the first order** compares the effect of one atom with a straight line: the slope of the output, for
 #   an infinitely small part of this atom, times the whole atom. It is zero if everything after the atom is linear. All
 #   other atoms stay as they are.
@@ -262,12 +262,14 @@ lesson.check("first order, dense, blocks 0 to 3: error", early["dense"], (0, 0.1
 # - **Early blocks are far less linear than the last one** (next two checks), as the paper's argument says.
 # - **But the control says that the reason is another one** (last check). Dense atoms are nearly linear even in early
 #   blocks. If high powers were the reason, dense atoms would show them too, because they pass through the same layers.
-# - **A dense atom is not just a smaller one.** Small changes are more linear: with smooth layers, a tenth of a sparse
-#   atom would have a tenth of the error. It has far more (last column, row "sparse").
+# - **The size of the atoms is not the reason either.** Dense atoms may be smaller, and small changes are more linear.
+#   But with smooth layers a tenth of a sparse atom would have a tenth of the error. It has far more (last column, row
+#   "sparse").
 #
 # So the reason is the picking. When an atom is taken out, later layers see a slightly different input. Where two of
 # their atoms have nearly equal scores for a token, the other one may now be picked, and the output jumps. A slope knows
-# nothing of jumps. Behind an early block there are many layers that pick. Behind the last block there is none.
+# nothing of jumps. Behind an early block there are many layers that pick. Behind the last block there is none. (The
+# error of Eq. 11 shows no jumps, because there the later atoms are off.)
 #
 # ## Structure or detail?
 #
@@ -277,7 +279,7 @@ lesson.check("first order, dense, blocks 0 to 3: error", early["dense"], (0, 0.1
 #
 # Structure means broad areas, details are fine. How broad is a difference? A picture is a sum of waves, as the signals
 # of lesson [3](03_fourier_toy.md) are. We call a wave **broad** if it has fewer than 4 periods along a side of the
-# picture. We measure which share of the difference, in energy, is in broad waves.
+# picture. We measure which share of the difference, in energy (its squared size), is in broad waves.
 #
 # **Predict:** does the share of broad waves fall from block to block?
 

@@ -53,8 +53,8 @@ def randn(*shape):
 # Why does the price $λ|s|$ give zeros, and not just small numbers? Look at one coefficient. Let $z$ be its value
 # without a price, and minimise $\frac12 (s - z)^2 + λ|s|$. (The ½ cancels the 2 of the derivative.)
 #
-# $|s|$ has a kink at 0, and no derivative there. But a line through the kink stays below $|s|$ if its slope is between
-# −1 and 1. Each of these slopes is called a **subgradient**, and takes the place of the derivative. At the minimum, the
+# $|s|$ has a kink at 0, and no derivative there. But a line through the kink is never above $|s|$ if its slope is from
+# −1 to 1. Each of these slopes is called a **subgradient**, and takes the place of the derivative. At the minimum, the
 # derivative of the square plus $λ$ times a slope of $|s|$ is zero:
 #
 # 1. If $s > 0$, the slope is 1: $s - z + λ = 0$, so $s = z - λ$. This needs $z > λ$.
@@ -87,7 +87,7 @@ lesson.show(figure, "01_threshold", "Two objectives of one coefficient, and the 
 # $$S ← σ_{λ/L}(S - ∇ / L)$$
 #
 # Why these two? Replace the squared error by a round bowl: a parabola that touches the error at the present code, and
-# is equally steep in all directions. Its curvature is the largest that the error has, $L = 2 \lVert D D^T \rVert_2$,
+# is equally curved in all directions. Its curvature is the largest that the error has, $L = 2 \lVert D D^T \rVert_2$,
 # twice the largest eigenvalue of $D D^T$. So the bowl is nowhere below the error. In the bowl the coefficients do not
 # depend on each other. The minimum of bowl plus price is the soft threshold of the last section, with $z = s - ∇/L$ and
 # with $λ/L$ for $λ$. One step of ISTA goes to this minimum, so the objective can never rise.
@@ -132,7 +132,8 @@ lesson.check("atoms used per signal:", used, (4.5, 5.1), paper="only a few non-z
 # - An atom is **not used** ($s_m = 0$): the error pulls too weakly to pay the price. $|g_m| ≤ λ$.
 #
 # This is the **optimality condition**. A code that meets it is a minimum, because the objective is convex: it has no
-# second valley to be trapped in. The plot of all 51,200 coefficients must therefore look like a step:
+# second valley to be trapped in. We plot $g_m$ against $s_m$ for all 51,200 coefficients. By the condition, they form a
+# step:
 
 # %%
 gradient = 2 * (library @ atoms - signals) @ atoms.T  # (N, M)
@@ -170,10 +171,10 @@ lesson.check("its difference from the three lines above:", abs(gap - by_hand), (
 # %% [markdown]
 # ## Why a step along the last move helps: the narrow valley
 #
-# ISTA's step size is $1/L$, and $L$ is the *steepest* curvature. When two atoms are nearly the same, this hurts. Take
-# two atoms with a cosine of 0.98, and a signal that is twice the first atom:
+# ISTA's step size is $1/L$, and $L$ is the *largest* curvature. When two atoms are nearly the same, this hurts. Take
+# two atoms with a cosine (here their scalar product) of 0.98, and a signal that is twice the first atom:
 #
-# - Adding to both coefficients changes the error fast. This is the steep direction; it sets $L$.
+# - Adding to both coefficients changes the error fast. This direction is steep, and it sets $L$.
 # - Moving weight from one to the other hardly changes the error: the atoms are nearly equal. In this direction the
 #   curvature is $(1 - 0.98) / (1 + 0.98)$ of the steep one, about 1/100.
 #
@@ -186,7 +187,7 @@ lesson.check("its difference from the three lines above:", abs(gap - by_hand), (
 #
 # $β_k$ grows from 0 towards 1, about $(k - 1)/(k + 2)$, so later steps keep more of the last move.
 #
-# **Predict:** ISTA and FISTA take 36 steps each. Which part of the way along the floor has each of them done?
+# **Predict:** ISTA and FISTA take 36 steps each. How much of the way along the floor has each of them gone?
 
 # %%
 c = 0.98
@@ -219,9 +220,9 @@ lesson.show(figure, "01_valley", "The objective is a narrow valley; ISTA crawls 
 #
 # ## What is proved: two bounds
 #
-# After $k$ steps the objective is above its minimum $F^⋆$ by
+# How far can the objective be above its minimum after $k$ steps?
 #
-# | | never more than | to have 100 times less |
+# | | never more than | for a bound 100 times lower |
 # |---|---|---|
 # | ISTA | $L \lVert S^⋆ \rVert^2 / 2k$, called $O(1/k)$ | 100 times as many steps |
 # | FISTA | $2 L \lVert S^⋆ \rVert^2 / (k + 1)^2$, called $O(1/k^2)$ | 10 times as many steps |
@@ -301,12 +302,12 @@ figure = draw.path(shares, torch.stack([s[row] for s in path]), planted[row], co
 lesson.show(figure, "01_lambda", "Coefficients of one signal as λ falls, and the error against the number of atoms")
 
 # %% [markdown]
-# They are not. The right atoms come first, at a high price. But the price keeps their coefficients below the truth (◂):
+# Most are not. The right atoms come first, at a high price. But the price keeps their coefficients below the truth (◂):
 # the soft threshold shrinks what it keeps. So the right atoms alone leave a larger error than the noise. When a lower
 # price has brought the error down to 1 %, most atoms in use were never in the signal. Stop earlier, at a larger error.
 #
 # Other programs scale the price differently, and call it α. Eq. 5 has no ½ and does not divide by $C$. For the same
-# minimum:
+# minimum (`Lasso` with `fit_intercept=False`):
 #
 # | | minimises | set |
 # |---|---|---|
@@ -368,11 +369,11 @@ lesson.show(figure, "01_patches", "Three patches of a picture, each equal to a s
 # %% [markdown]
 # ## Where it stops being true
 #
-# - **The code is not the truth.** At the smallest λ above, more than nine of ten atoms in use were never planted.
+# - **The code is not the truth.** At the smallest λ above, more than nine of ten atoms in use were never in the signal.
 # - **Coefficients are too small**, because the soft threshold shrinks them. If sizes matter, fit the chosen atoms once
 #   more without the price.
-# - **Momentum does not always help.** Nearly equal atoms make the valley. The 200 signals have random atoms, which are
-#   not alike, and there ISTA is quick as well.
+# - **Momentum does not always help much.** Nearly equal atoms make the valley. The 200 signals have random atoms, which
+#   are not alike, and there ISTA is quick as well.
 # - **Learned atoms belong to their pictures.** Atoms learned from drawings code text or faces less well.
 #
 # ## Exercises
@@ -384,7 +385,8 @@ lesson.show(figure, "01_patches", "Three patches of a picture, each equal to a s
 # <details>
 # <summary>Answers</summary>
 #
-# 1. One. Then $D D^T$ is the identity: the bowl is round, all curvatures are $L$, and the first step hits the minimum.
+# 1. One. Then $D D^T$ is the identity: all curvatures are $L$, and the first step hits the minimum. The two checks fail
+#    (NaN), because no way along the floor is left.
 # 2. The band from −λ to λ closes: every gradient must be zero, whether the atom is used or not. Nothing asks for zeros.
 # 3. A patch then takes between one and two atoms, with an error of about a quarter. Each atom must fit a patch almost
 #    alone, so atoms look like whole patches.

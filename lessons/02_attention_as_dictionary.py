@@ -125,10 +125,11 @@ lesson.show(figure, "02_dictionary", "A digit cut into 16 tokens, and the coeffi
 # - **ReLU:** $\max(z - λ, 0)$. It does the same for positive $z$. Negative $z$ become zero.
 # - **Top-k:** keep the $k$ coefficients of each token with the largest $|z|$, and set the others to zero.
 #
-# With a fixed $λ$, how many coefficients survive? Let $x$ be a token and $w_m$ a column of $W_s$. The coefficient
-# before the threshold is $z_m = x · w_m$ = (length of $x$) × (length of $w_m$) × (cosine between them). It grows with
-# the length of the token, and with how well the token matches $w_m$. But $λ$ stays the same, so the number of survivors
-# changes. Top-k only compares the coefficients of one token with each other. A common factor does not matter to it.
+# With a fixed $λ$, how many coefficients survive? We look at $σ(X W_s)$. The next section comes back to $A$. Let $x$ be
+# a token and $w_m$ a column of $W_s$. Before the threshold, the coefficient is $z_m = x · w_m$ = (length of $x$) ×
+# (length of $w_m$) × (cosine between them). It grows with the length of the token, and with how well the token matches
+# $w_m$. But $λ$ stays the same, so the number of survivors changes. Top-k only compares the coefficients of one token
+# with each other. A common factor does not matter to it.
 #
 # We count on clean digits and on noisy ones, with a fresh (random) $W_s$ and with a trained one: four cases. The
 # trained $W_s$ is that of an adapter that has learned to clean noisy 3s. There are 100 atoms. $k$ is 2, and we set $λ$
@@ -206,7 +207,7 @@ lesson.check("and after it", (lengths.max() / lengths.min()).item(), (1, 2))
 #
 # The adapter splits its atoms evenly over the heads: the $A^{(h)}$ of each head mixes 25 of the 100 atoms.
 #
-# **Predict:** 16 tokens choose 2 of 100 atoms each. After mixing, what share of $S$ is not zero at least, and at most?
+# **Predict:** 16 tokens choose 2 atoms each. After mixing, what share of $S$ is not zero, at least and at most?
 
 # %%
 q, k, _ = attention.project(inputs["clean"])
@@ -257,9 +258,9 @@ lesson.show(figure, "02_mixing", "Coefficients before and after A mixes them: sc
 #
 # ## What it costs
 #
-# The paper's example (§3.5) has $C = 1024$, $M = 256$, $N = 1024$ tokens and a density of 1 %: one coefficient in 100
-# is not zero. It is compared with **LoRA**, the usual way to fine-tune, which adds a product of two thin matrices to
-# each of the four projections. Here they have rank 16.
+# The paper's example (§3.5) has $C = 1024$ and $M = 256$. It has $N = 1024$ tokens and a density of 1 %: one
+# coefficient in 100 is not zero. It is compared with **LoRA**, the usual way to fine-tune, which adds a product of two
+# thin matrices to each of the four projections. Here they have rank 16.
 #
 # We count the numbers that are trained, and those that must be stored: all of $W_s$, and the 1 % of $D$ in use. A
 # **GFLOP** is $10^9$ multiplications and additions. The three terms of "sparse" are $X W_s$, then $A$ times its result,

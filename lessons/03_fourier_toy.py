@@ -21,13 +21,13 @@
 # - The **low band** is frequencies 0/64 to 24/64. The **high band** is 25/64 to 32/64. No basis is in both.
 # - The **pool** of a band is the set of bases that its signals may use. Here it is 10 bases, drawn from the band once.
 #   Each signal is a sum of 5 of these 10, each times a random number.
-# - The **mask** hides 48 of 64 samples. The same 16 samples remain of every signal. The layer must restore the whole
-#   signal.
+# - The **mask** hides 48 of 64 samples. It is the same for every signal. From the other 16 samples the layer must
+#   restore the whole signal.
 # - **NMSE**, the normalised mean squared error, is $\sum \lVert \hat x - x \rVert^2 / \sum \lVert x \rVert^2$. Here $x$
 #   is the signal and $\hat x$ what the layer makes of it. 0 is perfect. An output of zeros gets 1.
 #
 # The paper says "5 random Fourier bases" and does not say what the pool is. With a pool of ten we see nearly all that
-# the paper reports in one setting. The appendix at the end tries two other readings.
+# the paper reports. The appendix at the end tries two other readings.
 
 # %%
 import draw
@@ -85,7 +85,7 @@ lesson.check("these lines and the library differ by at most", difference, (0, 1e
 # output is $\sum_m s_m d_m$, and we call each $s_m d_m$ a **contribution**. We count the fewest contributions that hold
 # 99 % of the energy $\sum_m \lVert s_m d_m \rVert^2$.
 #
-# **Predict:** a signal has 5 bases. How many of its 100 atoms does each layer need for one signal?
+# **Predict:** a signal has 5 bases. How many of the 100 atoms does each layer need for it?
 
 # %%
 dense = fourier.pretrain(fourier.five_of_ten(sigma="none", **options))
@@ -112,6 +112,8 @@ lesson.show(figure, "03_sparse", "Contributions of single atoms: a few clean wav
 # %% [markdown]
 # *The nine largest contributions $s_m d_m$ to one signal; the titles give the mean over 500 signals. With the
 # threshold, a few clean waves make the signal. Without it, many small scraps add up to it.*
+#
+# Why 4 atoms for 5 bases? The smallest of five random numbers often has less than 1 % of the energy.
 #
 # ## Atoms are Fourier bases
 #
@@ -193,13 +195,13 @@ lesson.show(figure, "03_atoms", "The six most used atoms before tuning and after
 # atoms after training on the high band.*
 #
 # The new atoms are mostly fast waves. But each is a mixture of high bases, not a single one. That is no surprise: the
-# coefficients were learned for low bases and are not trained, so they mix the high bases. About a quarter (28 %) of the
-# energy is still low. These low parts must cancel when the atoms are added up, or the NMSE would be larger.
+# coefficients were learned for low bases and are not trained, so they mix the high bases. About a quarter of the energy
+# is still low. These low parts must cancel when the atoms are added up, or the NMSE would be larger.
 #
 # ## Where it stops being true
 #
 # **New coefficients reach an NMSE of 0.6. If the atoms were exactly low waves, it would be at least 1. Why is it
-# lower?** Because the atoms are not exactly low waves. A small part of $D$ (of its energy) lies outside the pool: it is
+# lower?** Because the atoms are not exactly low waves. A small part of the energy of $D$ lies outside the pool: it is
 # left over from the random start and from the optimizer. Large coefficients can use it. We take this part away from the
 # output, by projecting the output on the pool. Then nothing useful is left:
 
@@ -226,7 +228,8 @@ lesson.check("part of D outside the pool", outside, (0, 0.02), quick=(0, 0.05), 
 # ## Appendix: two other readings of "5 random Fourier bases"
 #
 # - **5 of 5:** the pool is five bases, and every signal uses them all. Top-k with $k = 9$ replaces the soft threshold.
-# - **5 of 49:** the pool is the whole low band, and each signal has a mask of its own. Here $k = 5$.
+# - **5 of 49:** the pool is the whole low band, and each signal has a mask of its own. The threshold is top-k with
+#   $k = 5$.
 #
 # The first two columns of numbers tell how well the layer restores the low band, and how like bases its atoms are. The
 # last two give the NMSE on the high band, after training only coefficients or only atoms there.
@@ -251,7 +254,7 @@ lesson.check("5 of 49: cosine", rows[1][2], (0.95, 1), quick=(0.4, 1))
 # %% [markdown]
 # With 5 of 5 the layer restores the signals, but its atoms remain mixtures: every signal needs the whole pool, so
 # nothing makes an atom a single basis. With 5 of 49 the atoms become bases, but one layer with 16 samples cannot
-# restore the signals. Neither reading shows all that the paper reports. A pool of ten does.
+# restore the signals. Of the three readings, a pool of ten is closest to the paper.
 #
 # ## Exercises
 #
@@ -262,7 +265,8 @@ lesson.check("5 of 49: cosine", rows[1][2], (0.95, 1), quick=(0.4, 1))
 # <details>
 # <summary>Answers</summary>
 #
-# 1. All of them. Over seeds 0 to 2, coefficients alone reach an NMSE of 0.43 to 0.69, and atoms alone 0.01 to 0.09.
+# 1. All of them. Over three seeds, the NMSE of coefficients alone is never below 0.43. That of atoms alone is never
+#    above 0.09.
 # 2. It falls to about 0.7. A signal then takes most of the pool, so mixtures cost hardly more than single bases.
 # 3. Halve $s$ and double $d$: the product is the same and the price is half. Lesson 1 fixes the lengths at 1. Here
 #    nothing fixes them. Only the fixed number of training steps keeps the atoms from growing without end.

@@ -9,9 +9,9 @@
 # *Left: what the model is given. Then what it draws without new atoms, with the 1, 4 and 12 most important ones, and
 # with all 200. The rows are spread over all test digits. Nobody picked them.*
 #
-# **What is flipped, exactly?** Noisy *3s* that the old model draws as an 8. Real 8s hardly flip, and should not: they
-# are 8s. The paper only says that the old and the new model get "the same noisy latent". We take it to come from a
-# noisy 3, because then we see the paper's result.
+# **What is flipped, exactly?** Noisy *3s* that the model draws as an 8 without the new atoms. Few real 8s flip, and
+# none should: they are 8s. The paper only says that the model with and without the atoms gets "the same noisy latent"
+# (the numbers that stand for a picture). We take it to come from a noisy 3, because then we see the paper's result.
 #
 # You need lessons [1](01_ista_fista.md) and [2](02_attention_as_dictionary.md). The lesson runs in about 2 minutes on
 # two CPU cores, in 20 seconds with `--quick`.
@@ -201,12 +201,12 @@ lesson.show(figure, "04_atoms", "What each of the twelve atoms makes brighter an
 #
 # ## The paper's own settings, and the control without σ
 #
-# So far we used the setting that flips best with few atoms. Now we change it, in three ways:
+# So far we used the setting in which the best twelve atoms flip most. Now we change it, in three ways:
 #
 # - **Order.** Ours is $σ(A X W_s)$, as in Eq. 8: first mix the tokens, then choose. In §3.4 the paper says that it runs
 #   $A σ(X W_s)$: first choose, then mix. Then every token uses all atoms that any of the 16 tokens chose.
 # - **Start.** Ours starts $D$ near zero (standard deviation 0.02). The library's `attach` starts $D$ at exactly zero,
-#   so that a new adapter changes nothing.
+#   so that a new adapter changes nothing. The paper does not say how it starts $D$.
 # - **No σ.** All coefficients are kept. This control shows what sparsity itself brings.
 #
 # **Predict:** which setting needs the most atoms to flip half of the 8s?
@@ -250,14 +250,15 @@ figure = draw.shares(three, {"12 at random": (12, at_random)})
 lesson.show(figure, "04_shares", "Share of 8s that become a 3, by the number of atoms kept, for three settings")
 
 # %% [markdown]
-# Ours needs 6 atoms to flip half of the 8s, the paper's order needs 16, and without σ it takes 80.
+# Ours needs 6 atoms to flip half of the 8s, and the paper's order needs 16. Without σ it takes 80. The start of $D$
+# matters less than the order.
 #
 # | the paper (§3.3, Fig. 1) | here | |
 # |---|---|---|
 # | 12 atoms turn the 8 into a 3 | 80 % of the 8s with σ after A | ✓ |
 # | the same in the order of §3.4, σ before A | 45 % with 12 atoms, half with 16 | ✗ nearly |
 # | 8 of the 12 are in the first layer | 8 | ✓ |
-# | atoms add what a 3 has and remove parts of the 8 | yes; single changes add up to the whole | ✓ |
+# | atoms add what a 3 has and remove parts of the 8 | yes; single changes nearly add up to the whole | ✓ |
 #
 # ## Where it stops being true
 #
@@ -272,9 +273,9 @@ lesson.show(figure, "04_shares", "Share of 8s that become a 3, by the number of 
 # ## Exercises
 #
 # 1. Each of 16 tokens keeps one atom in each of two layers: 32 choices. Why can twelve atoms be enough?
-# 2. Set `density=0.04` in the first call of `learn` (top-4). How many 8s do the best 12 flip, and all except the best
-#    12?
-# 3. The atoms have been trained on 3s only. Why do real 8s hardly flip?
+# 2. Set `density=0.04` in the first call of `learn` (top-4), and write `4` for `1` in `top_k`. How many 8s do the best
+#    12 flip, and all except the best 12?
+# 3. The atoms have been trained on 3s only. Why do only a few real 8s flip?
 #
 # <details>
 # <summary>Answers</summary>

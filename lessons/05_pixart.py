@@ -392,7 +392,7 @@ lesson.show(figure, "05_denoising", "Five steps from noise to a strawberry, and 
 # - **Guidance is exact only for the best possible guess.** The real model is only near it, and a large $w$ enlarges the
 #   errors too. Besides, the model was never trained on what comes out with $w > 1$.
 # - **A map over words is no explanation.** Each vector knows of the whole sentence.
-# - **Unknown words.** T5 gives a vector for any word. The tiny model knows 100 things, and a robot is not among them.
+# - **Unknown words.** T5 gives a vector for any word. The tiny model knows 200 things, and a robot is not among them.
 #   Asked for one, it draws some mixture. Lesson [6](06_finetune.md) teaches it a robot.
 #
 # ## Exercises

@@ -304,7 +304,7 @@ lesson.show(figure, "06_where", "Where on the picture the five most important at
 # ## Where it stops being true
 #
 # - **"40 atoms carry a concept"** is the paper's finding on a large model. That model has seen many toys and cars, so
-#   perhaps it needs only a hint. The tiny model knows 100 things, and must build a robot from almost nothing.
+#   perhaps it needs only a hint. The tiny model knows 200 things, and must build a robot from almost nothing.
 # - **Only the picks are sparse.** $σ(X W_s)$ is sparse, $S$ is not. So $ΔO$ of a token is a sum of more than 5 atoms.
 # - **Importance is a guess.** It ranks atoms one by one. Two atoms that cancel each other both look important.
 # - **We looked at the trained prompt only.** Does the robot obey other prompts? What has the model forgotten? That is

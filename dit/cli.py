@@ -44,6 +44,13 @@ def positive(text):
     return float(text)
 
 
+def number(text):
+    """For argparse: a number that is finite."""
+    if not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return float(text)
+
+
 def unicode(text):
     """For argparse: text that can be written as UTF-8."""
     text.encode()
@@ -103,6 +110,11 @@ def run(main):
     except torch.OutOfMemoryError as error:
         asked = " ".join(str(error).split())[:200]
         fail(f"the GPU is out of memory ({asked}); options that help, if the command has them: {RELIEF}")
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch has no class of its own for a full memory of the CPU
+            raise
+        asked = " ".join(str(error).split()).partition("DefaultCPUAllocator: ")[2][:200]
+        fail(f"out of memory ({asked}); options that help, if the command has them: fewer --atoms, {RELIEF}")
     except (UserError, OSError, SafetensorError) as error:
         fail(" ".join(str(error).split()))
     except KeyboardInterrupt:

@@ -41,7 +41,7 @@ def read_prompts(path):
     """DreamBooth's prompts_and_classes.txt: {subject: class}, templates for objects, templates for live subjects."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         raise UserError(f"{path} is missing or not UTF-8 text; put DreamBooth's classes and prompts there") from None
     classes = dict(re.findall(r"^([\w-]+),([\w -]+?)\s*$", text.partition("Prompts")[0], re.MULTILINE))
     classes.pop("subject_name", None)

@@ -10,7 +10,7 @@ edits, densities and atoms cost their drawing alone.
 
 from pathlib import Path
 
-from dit.cli import Parser, add_model_arguments, check_folder, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_folder, load_pipeline, number, run, seed, unicode, whole
 from dit.data import find_captions, load_images
 from dit.diffusion import sampling_timesteps
 from dit.pictures import draw_table, save_each, to_pil
@@ -54,7 +54,7 @@ def parse(argv=None):
     add("--epochs", type=whole, help=f"of 10 steps or so (the model's default, or {EPOCHS})")
     add("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
     add("--steps", type=whole, default=20, help="of the sampler")
-    add("--guidance", type=float, help="strength of the prompt (the model's default)")
+    add("--guidance", type=number, help="strength of the prompt (the model's default)")
     add("--out", type=Path, help="folder for the adapters and edit.png (runs/edit-NAME)")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / f"edit-{args.image.stem}"

@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from dit import parallel
-from dit.cli import Parser, add_model_arguments, load_pipeline, positive, run, seed, whole
+from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, number, positive, run, seed, whole
 from dit.dreambooth import read_subjects
 from dit.metrics import CLIP, DINOv2, ImageReward
 from dit.report import write_report
@@ -42,20 +42,24 @@ def parse(argv=None):
     add("--epochs", type=whole, default=15, help="epochs of each training (default: 15, as in the paper)")
     add("--pictures", type=whole, default=5, help="pictures of each prompt (default: 5)")
     add("--steps", type=whole, default=20, help="steps of the sampler (default: 20)")
-    add("--guidance", type=float, help="guidance scale (default: the model's own)")
+    add("--guidance", type=number, help="guidance scale (default: the model's own)")
     add("--gradient-checkpointing", action="store_true", help="save memory; takes about a third more time")
     add("--clip", type=Path, help="folder of a CLIP in transformers' layout (default: WEIGHTS/clip)")
     add("--dino", type=Path, help="folder of a DINOv2, for diversity (default: use CLIP)")
     add("--image-reward", type=Path, help="folder of ImageReward; adds its column (default: none)")
     add("--out", type=Path, default=Path("runs/evaluate"), help="folder for the results (default: runs/evaluate)")
-    add("--quick", action="store_true", help="a short trial: two subjects, two prompts, one epoch")
+    add("--quick", action="store_true", help="two subjects, two prompts, and by default 1 epoch, 1 picture, 4 steps")
     args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
+    check_place(args.out)
     args.clip = args.clip or args.weights / "clip"
     return args
 
 
 def study_config(args, pipe):
-    given = {f.name: getattr(args, f.name) for f in fields(StudyConfig)} | (QUICK if args.quick else {})
+    given = {f.name: getattr(args, f.name) for f in fields(StudyConfig)}
     given["lrs"] = args.lrs or [TrainConfig.of(pipe).lr]
     return StudyConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 

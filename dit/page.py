@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, number, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.maps import overlay, watch
-from dit.sample import variants
+from dit.sample import atom_count, variants
 from sparsecode import adapters, importance, load_adapter, read_header, set_scale, top_atoms
 from sparsecode.common import UserError, replacing
 from sparsecode.influence import scale_atoms
@@ -77,7 +77,8 @@ def stops(model, counts=None, densities=None):
     """
     layers = adapters(model).values()
     total, own = sum(adapter.atoms for adapter in layers), next(iter(layers)).options.get("density")
-    counts = sorted({*(counts or [n for n in COUNTS if n < total]), total})
+    counts = counts or [n for n in COUNTS if n < total]
+    counts = sorted({total if n == "all" else n for n in [*counts, total]})
     if own:
         densities = sorted({own, *(densities or [min(1.0, own * factor) for factor in FACTORS])})
     list(variants(model, densities, counts))
@@ -134,12 +135,12 @@ def parse(argv=None):
     add("--adapter", type=Path, required=True, help="sparse adapter.safetensors of dit.finetune")
     add("--prompt", type=unicode, help="what to draw (what the adapter was trained on)")
     add("--top", type=whole, default=12, help="how many atoms get a switch")
-    add("--keep-atoms", type=int, nargs="+", help=f"numbers of atoms to choose from ({', '.join(map(str, COUNTS))})")
+    add("--keep-atoms", type=atom_count, nargs="+", help=f"numbers of atoms to choose from ({str(COUNTS)[1:-1]})")
     add("--density", type=float, nargs="+", help="densities to choose from (¼, ½, 1 and 2 times the trained one)")
     add("--scale", type=float, default=1.0, help="s in O + s·ΔO: 0 for the base model, 1 as trained")
     add("--seed", type=seed, nargs="+", default=[0, 1], help="of the noise, to choose from")
     add("--steps", type=whole, default=20)
-    add("--guidance", type=float, help="strength of the prompt (the model's default)")
+    add("--guidance", type=number, help="strength of the prompt (the model's default)")
     add("--height", type=whole)
     add("--width", type=whole)
     add("--out", type=Path, default=Path("atoms.html"))

@@ -4,9 +4,10 @@ python -m dit.sample "a fox on a striped blue background" --seed 0 1 2 3
 python -m dit.sample "a robot on a red background" --adapter runs/robot/adapter.safetensors --keep-atoms 0 4 40 all
 """
 
+import argparse
 from pathlib import Path
 
-from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, run, seed, unicode, whole
+from dit.cli import Parser, add_model_arguments, check_place, load_pipeline, number, run, seed, unicode, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, grid, save_each, save_picture
 from sparsecode import adapters, keep_atoms, load_adapter, read_header, set_density, set_scale
@@ -15,7 +16,10 @@ from sparsecode.common import UserError
 
 def atom_count(text):
     """For argparse: a number of atoms, or "all"."""
-    return text if text == "all" else int(text)
+    try:
+        return text if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number or all") from None
 
 
 def parse(argv=None):
@@ -30,7 +34,7 @@ def parse(argv=None):
     add("--scale", type=float, nargs="+", help="s in O + s·ΔO: 0 for the base model, 1 as trained; or one per adapter")
     add("--seed", type=seed, nargs="+", default=[0, 1, 2, 3], help="one column of pictures each")
     add("--steps", type=whole, default=20)
-    add("--guidance", type=float, help="strength of the prompt (the model's default)")
+    add("--guidance", type=number, help="strength of the prompt (the model's default)")
     add("--height", type=whole)
     add("--width", type=whole)
     add("--compile", action="store_true", help="compile the model: minutes at the start, faster on a GPU")

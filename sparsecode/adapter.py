@@ -74,7 +74,7 @@ class SparseAdapter(Adapter):
     def __init__(self, in_dim, out_dim, heads, *, atoms=256, density=0.02, threshold="top_k", lam=None, order="before"):
         super().__init__()
         if not is_whole(atoms) or atoms < 1 or atoms % heads:
-            raise UserError(f"atoms={atoms} does not split over {heads} heads; choose a multiple of {heads}")
+            raise UserError(f"atoms={atoms!r} does not split over {heads} heads; choose a multiple of {heads}")
         if threshold not in THRESHOLDS:
             raise UserError(f"threshold={threshold!r} is unknown; choose one of {', '.join(THRESHOLDS)}")
         if order not in ORDERS:

@@ -82,8 +82,10 @@ def record_maps(model, atoms):
     """Within this context, record S_m of some atoms for each token, at each call of the model.
 
     `atoms` is {layer: [m, …]}. Yields {layer: list of one tensor (B, N, len(atoms[layer])) per call}, on the CPU.
+    UserError for a layer or an index that does not exist.
     """
     layers, maps = sparse_adapters(model), {name: [] for name in atoms}
+    check_atoms(layers, atoms)
 
     def collector(name):
         def collect(adapter, inputs, output):
@@ -97,6 +99,16 @@ def record_maps(model, atoms):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def check_atoms(layers, atoms):
+    """UserError unless all `atoms`, {layer: [m, …]}, exist in these layers."""
+    for name, indices in atoms.items():
+        if name not in layers:
+            raise UserError(f"no layer {name!r} has atoms; choose from {', '.join(layers)}")
+        for m in indices:
+            if not 0 <= m < layers[name].atoms:
+                raise UserError(f"{name} has no atom {m}; it has 0 to {layers[name].atoms - 1}")
 
 
 def keep_atoms(model, n):

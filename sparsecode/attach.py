@@ -165,21 +165,30 @@ def _is_linear(module):
 
 def named(model, fits, target):
     """The modules that fit and whose name matches, by the name they have without adapters."""
+    if not isinstance(target, str):
+        raise UserError(f"target={target!r} is not text; give a regular expression, like 'attn1|attn2'")
     try:
         pattern = re.compile(target)
     except re.error as error:
         raise UserError(f"target={target!r} is no regular expression ({error}); fix it") from None
     ours = inserted(model)
-    found = {plain(name, ours): m for name, m in model.named_modules() if name and fits(m)}
+    found = {plain(name, ours): m for name, m in modules(model) if name and fits(m)}
     return {name: module for name, module in found.items() if pattern.search(name)}
 
 
 def attached(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, WRAPPERS)}
+    return {name: m for name, m in modules(model) if isinstance(m, WRAPPERS)}
 
 
 def inserted(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, Wrapper)}
+    return {name: m for name, m in modules(model) if isinstance(m, Wrapper)}
+
+
+def modules(model):
+    """`model.named_modules()`; UserError for a pipeline in place of its model."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{type(model).__name__} is not an nn.Module; give the model itself, like pipe.transformer")
+    return model.named_modules()
 
 
 def unwrapped(module):

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from . import peft_layout
-from .attach import METHODS, attached, attentions, install, linears, loaded, projections, trainable, wrap
+from .attach import METHODS, attached, attentions, install, linears, loaded, modules, projections, trainable, wrap
 from .common import (
     COUNT,
     NUMBER,
@@ -50,6 +50,14 @@ def save_adapter(model, path, prompt=None, *, layout="sparsecode", **notes):
         raise UserError(f"{len(loaded(model))} adapters are attached, a file holds one; detach them and load that one")
     if layout not in ("sparsecode", "peft"):
         raise UserError(f"layout={layout!r} is unknown; choose sparsecode or peft")
+    if prompt is not None and not TEXT.fits(prompt):
+        raise UserError(f"prompt={prompt!r} is not text; give one caption")
+    for name, value in notes.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            raise UserError(f"the note {name}, a {kind}, cannot be saved; give text or a finite number") from None
     adapter = next(iter(attachments.values())).adapter
     base, weights = _base(model, _owners(model, attachments)), weights_checksums(model)
     names = _names_in_files(model, attachments, in_peft_layout=layout == "peft")
@@ -110,6 +118,7 @@ def load_adapter(model, path):
     is refused and leaves the model as it was. Other weights of the same base are a warning. Which modules are adapted
     is told by the names of the tensors; the header's own pattern is not run.
     """
+    modules(model)  # refuses a pipeline
     header = read_header(path)
     options = dict(header["options"])
     if header["base"] is not None:

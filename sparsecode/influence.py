@@ -8,8 +8,7 @@ import torch
 from numpy.polynomial import Polynomial
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .atoms import sparse_adapters
-from .common import UserError
+from .atoms import check_atoms, sparse_adapters
 
 # ---- layers that are polynomials --------------------------------------------------------------------------------
 # c (K,) holds c_1 … c_K (a constant drops out of every difference); signals x (N, C), codes s (N, M), atoms D (M, C)
@@ -62,13 +61,10 @@ def only_atoms(model, atoms):
 def _masks(model, atoms):
     """{layer: bool (M,), True at the given atoms} for every layer"""
     layers = sparse_adapters(model)
+    check_atoms(layers, atoms)
     masks = {name: torch.zeros_like(adapter.keep) for name, adapter in layers.items()}
     for name, indices in atoms.items():
-        if name not in layers:
-            raise UserError(f"no layer {name!r} has atoms; choose from {', '.join(layers)}")
         for m in indices:
-            if not 0 <= m < len(masks[name]):
-                raise UserError(f"{name} has no atom {m}; it has 0 to {len(masks[name]) - 1}")
             masks[name][m] = True
     return masks
 

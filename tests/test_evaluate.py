@@ -635,6 +635,13 @@ def test_the_quick_study_is_small_and_keeps_the_held_out_subjects(options, monke
         assert all(len(subject.prompts) == len(subject.texts) == 2 for subject in seen)
 
 
+def test_what_is_asked_for_holds_in_the_quick_study_too():
+    args = evaluate.parse(["--subjects", "x", "--quick", "--pictures", "3", "--steps", "20"])
+    assert (args.epochs, args.pictures, args.steps, args.quick) == (1, 3, 20, True)
+    args = evaluate.parse(["--subjects", "x", "--quick"])
+    assert (args.epochs, args.pictures, args.steps) == (1, 1, 4)
+
+
 def test_a_real_divergence(options, finished, tmp_path, capsys, no_plots, mistake):
     """While tuning it costs that learning rate alone, and leaves no trace; afterwards it ends the study."""
     methods = ["--methods", "lora", "--seeds", 0]
@@ -693,6 +700,8 @@ def test_two_processes_give_the_same(options, finished, tmp_path):
 # Arguments (after good ones, which they override) and words of the line that they must give.
 MISTAKES = {
     "--subjects {tmp}/absent": "prompts_and_classes.txt is missing or not UTF-8",
+    "--subjects {tmp}/latin/prompts_and_classes.txt": "prompts_and_classes.txt is missing or not UTF-8",
+    "--guidance nan": "'nan' is not a finite number",
     "--subjects {tmp}/no_prompts": "prompts_and_classes.txt is missing or not UTF-8",
     "--subjects {tmp}/latin": "prompts_and_classes.txt is missing or not UTF-8",
     "--subjects {tmp}/no_class": "names no class for dragon; add a line dragon,<class>",
@@ -724,7 +733,8 @@ MISTAKES = {
     "--device cuda:99": "cannot be used",
     "--out {tmp}/foreign": "holds other files",
     "--out {tmp}/settings": "holds other files",
-    "--out {tmp}/foreign/thesis.doc": "thesis.doc",
+    "--out {tmp}/foreign/thesis.doc": "thesis.doc is not a folder you can write to",
+    "--out {tmp}/foreign/thesis.doc/run": "thesis.doc is not a folder you can write to",
 }
 
 

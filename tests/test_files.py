@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sparsecode import (
     UserError,
     adapters,
     attach,
+    detach,
     importance,
     keep_atoms,
     load_adapter,
@@ -25,6 +27,7 @@ from sparsecode import (
     record_usage,
     save_adapter,
     set_density,
+    set_scale,
     trainable,
     weights_checksums,
 )
@@ -286,6 +289,35 @@ def test_save_refuses_without_an_adapter(tmp_path):
     with pytest.raises(UserError, match="nothing to save"):
         save_adapter(make(), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words, more", [
+    ("the note loss, a Tensor, cannot be saved", dict(loss=torch.tensor(0.5))),
+    ("the note loss, a float, cannot be saved", dict(loss=float("nan"))),
+    ("the note folder, a .*Path, cannot be saved", dict(folder=Path("runs"))),
+    (r"prompt=\['a robot'\] is not text", dict(prompt=["a robot"])),
+])  # fmt: skip
+@pytest.mark.parametrize("layout", ["sparsecode", "peft"])
+def test_save_names_what_a_file_cannot_hold(tmp_path, layout, words, more):
+    with pytest.raises(UserError, match=words):
+        save_adapter(adapted("lora"), tmp_path / "a", layout=layout, **more)
+    assert not list(tmp_path.iterdir())
+
+
+class Pipe:
+    """Like diffusers' pipelines: no module, and it has a config."""
+
+    config = {"_class_name": "PixArtSigmaPipeline"}
+
+
+def test_a_pipeline_in_place_of_its_model(tmp_path):
+    save_adapter(adapted(), tmp_path / "a")
+    calls = attach, detach, adapters, trainable, importance
+    calls += lambda pipe: load_adapter(pipe, tmp_path / "a"), lambda pipe: save_adapter(pipe, tmp_path / "b")
+    calls += lambda pipe: keep_atoms(pipe, 1), lambda pipe: set_density(pipe, 0.5), lambda pipe: set_scale(pipe, 1)
+    for call in calls:
+        with pytest.raises(UserError, match="Pipe is not an nn.Module; give the model itself, like pipe.transformer"):
+            call(Pipe())
 
 
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch):

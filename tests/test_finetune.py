@@ -557,6 +557,7 @@ MISTAKES = {
     "--atoms 0": "does not split over 2 heads",
     "--density 0": "density=0.0",
     "--density 1.5": "density=1.5",
+    "--atoms 1000000000000000": "fewer --atoms",
     "--density nan": "density=nan",
     "--target nothing": "no attention is named like",
     "--target (": "is no regular expression",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_model import SmallModel, shake, small_inputs
 
-from sparsecode import UserError, adapters, attach, keep_atoms
+from sparsecode import UserError, adapters, attach, keep_atoms, record_maps
 from sparsecode.influence import (
     additivity_error,
     compose,
@@ -263,8 +263,9 @@ def test_atoms_that_there_are_not(atoms, words):
     for function in (effect, first_order):
         with pytest.raises(UserError, match=words):
             function(model, forward, atoms)
-    with pytest.raises(UserError, match=words), only_atoms(model, atoms):
-        pass
+    for context in (only_atoms, record_maps):
+        with pytest.raises(UserError, match=words), context(model, atoms):
+            pass
 
 
 def test_models_without_atoms():

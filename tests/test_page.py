@@ -133,7 +133,7 @@ def test_the_page(tiny, adapter, pipe, tmp_path, capsys):
 
 
 def test_the_page_needs_no_network_and_names_no_path(tiny, adapter, tmp_path):
-    found, text = call(tiny, adapter, tmp_path / "atoms.html", "--top", 1, "--seed", 0, "--keep-atoms", 0)
+    found, text = call(tiny, adapter, tmp_path / "atoms.html", "--top", 1, "--seed", 0, "--keep-atoms", 0, "all")
     assert all(link.startswith("data:") for link in found.links)
     assert not re.search(r"https?:|url\(|@import|fetch|import\(|XMLHttp|WebSocket", text)
     assert str(tmp_path) not in text and str(adapter) not in text and str(tiny) not in text
@@ -216,6 +216,8 @@ MISTAKES = {
     "--top 0": "above 0",
     "--keep-atoms 4 17": "choose a number from 0 to 16",
     "--keep-atoms -1": "choose a number from 0 to 16",
+    "--keep-atoms some": "'some' is not a whole number or all",
+    "--guidance nan": "'nan' is not a finite number",
     "--density 0.1 2": "density=2.0 is not a share",
     "--adapter {soft} --density 0.1": "only top_k has a density to set",
     "--out atoms.png": "does not end like a page",

@@ -202,8 +202,8 @@ for name in ("LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"):
 #       --lrs 0.001 0.003 0.01 0.03 --densities 0.01 0.02 0.04 0.2 --atoms 256 16 1024 2048 \
 #       --seeds 0 1 2 --epochs 10 --pictures 1
 #
-# It took MINUTES minutes on two CPU cores. Its results are in `lessons/data/study.csv`. Here is the mean of each setting
-# over subjects and seeds, beside the paper's Tables 1 and 2.
+# It took MINUTES minutes on two CPU cores. Its results are in `lessons/data/study.csv`. Here is the mean of each
+# setting over subjects and seeds, beside the paper's Tables 1 and 2.
 
 # %%
 records = read_results(root / "lessons" / "data" / "study.csv")

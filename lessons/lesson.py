@@ -34,14 +34,17 @@ RUNS = Path(__file__).parent.parent / "runs" / "lessons"
 
 class Lesson:
     def __init__(self):
-        parser = argparse.ArgumentParser()
+        parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)  # errors of one line
         parser.add_argument("--quick", action="store_true", help="less training, for a check that everything runs")
         parser.add_argument("--figures", type=Path, default=RUNS, help="folder for the pictures (runs/lessons)")
         self.notebook = hasattr(builtins, "__IPYTHON__")  # there sys.argv is the kernel's own
         arguments = parser.parse_args([] if self.notebook else None)
         self.quick, self.figures = arguments.quick, arguments.figures
         self.passed = {}  # name of a check -> whether its number was in the range
-        self.figures.mkdir(parents=True, exist_ok=True)
+        try:
+            self.figures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--figures {self.figures} cannot be a folder ({error.strerror}); choose another")
 
     def check(self, name, value, expected, *, quick=None, paper=None, form=".3g"):
         """Print ✓ or ✗, the value and its range (low, high). `quick` is the range for --quick."""

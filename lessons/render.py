@@ -38,10 +38,12 @@ def render(script):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lessons", nargs="*", help="their numbers; all if none is given")
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
+    scripts = {script.name[:2]: script for script in sorted(LESSONS.glob("[0-9]*.py"))}
+    parser.add_argument("lessons", nargs="*", metavar="NN", help=f"all if none is given; of {' '.join(scripts)}")
     wanted = parser.parse_args().lessons
-    for script in sorted(LESSONS.glob("[0-9]*.py")):
-        if not wanted or script.name[:2] in wanted:
-            print(script.name)
-            render(script)
+    if unknown := set(wanted) - set(scripts):
+        parser.error(f"there is no lesson {min(unknown)}; choose from {' '.join(scripts)}")
+    for number in wanted or scripts:
+        print(scripts[number].name)
+        render(scripts[number])

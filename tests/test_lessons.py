@@ -139,6 +139,15 @@ def test_quick_has_a_range_of_its_own(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == "✓ flipped 50% (expected 40% to 60%)\n"
 
 
+def test_figures_that_cannot_be_a_folder_are_refused_in_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["lesson", "--figures", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="2"):
+        Lesson()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--figures" in error and "choose another" in error
+
+
 def test_in_a_notebook_the_arguments_are_those_of_the_kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(builtins, "__IPYTHON__", True, raising=False)

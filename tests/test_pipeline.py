@@ -12,7 +12,7 @@ from PIL import Image
 from dit import pipeline
 from dit.pictures import to_tensor
 from dit.pipeline import Pipeline
-from dit.tiny.judge import CLASSES, Judge, captions_to_judge, load_judge, right, score
+from dit.tiny.judge import CLASSES, Judge, captions_to_judge, load_judge, right, save_judge, score
 from dit.tiny.judge import main as judge_command
 from dit.tiny.scenes import draw, natural_image
 from sparsecode import attach, save_adapter
@@ -217,6 +217,14 @@ def test_the_command_judges_with_an_adapter_and_saves_a_grid(tmp_path, capsys):
 def test_a_pipeline_without_a_judge_is_refused(tiny):
     with pytest.raises(UserError, match="no judge"):
         judge_command(["--weights", str(tiny)])
+
+
+def test_a_judge_of_other_things_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(CLASSES, "thing", CLASSES["thing"][:50])
+    save_judge(Judge(), tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="knows 50 things, not 200"):
+        load_judge(tmp_path)
 
 
 def test_t5_on_a_device_of_its_own(tiny):

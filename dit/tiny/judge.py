@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dit.cli import Parser, add_model_arguments, load_pipeline, run, seed, whole
+from dit.cli import Parser, add_model_arguments, load_pipeline, number, run, seed, whole
 from dit.diffusion import sampling_timesteps
 from dit.pictures import check_picture_path, save_picture, to_tensor
 from dit.tiny.fit import fit, rng_of
@@ -120,8 +120,10 @@ def load_judge(folder):
     file = Path(folder) / "model.safetensors"
     if not file.exists():
         raise UserError(f"{folder} has no judge; only the tiny model that dit.tiny.pretrain makes has one")
-    judge = Judge()
-    judge.load_state_dict(load_file(file))
+    judge, state = Judge(), load_file(file)
+    if state["heads.thing.bias"].shape != judge.heads["thing"].bias.shape:
+        raise UserError(f"{file} knows {len(state['heads.thing.bias'])} things, not {len(THINGS)}; train a new judge")
+    judge.load_state_dict(state)
     return judge.eval()
 
 
@@ -130,7 +132,7 @@ def main(argv=None):
     add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="judge the model with this adapter")
     parser.add_argument("--pictures", type=whole, default=400, help="of each kind of caption (default: 400)")
-    parser.add_argument("--guidance", type=float, nargs="+", help="one or more scales (default: the model's own)")
+    parser.add_argument("--guidance", type=number, nargs="+", help="one or more scales (default: the model's own)")
     parser.add_argument("--steps", type=whole, default=20, help="steps of the sampler (default: 20)")
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--out", type=Path, help="save 48 pictures of withheld combinations, captioned")

@@ -217,8 +217,8 @@ texts, masks, latents = text.expand(n, -1, -1), mask.expand(n, -1), latent.expan
 x = add_noise(latents, many, torch.full((n,), 250), pipe.schedule)  # (n, 4, 16, 16)
 lies = {said: mse_loss(model(x, torch.full((n,), said), texts, masks)[:, :4], many).item() for said in (50, 250, 750)}
 lesson.table(("told t =", "error of the noise, true t = 250"), list(lies.items()))
-lesson.check("told too small a t: error, times that of the truth", lies[50] / lies[250], (20, 70), form=".0f")
-lesson.check("told too large a t: error, times that of the truth", lies[750] / lies[250], (20, 60), form=".0f")
+lesson.check("told too small a t: error, times that of the truth", lies[50] / lies[250], (80, 300), form=".0f")
+lesson.check("told too large a t: error, times that of the truth", lies[750] / lies[250], (40, 150), form=".0f")
 
 # %% [markdown]
 # Both lies harm a lot: without the right $t$ the model cannot tell noise from picture.
@@ -251,7 +251,7 @@ blank = to_tensor([scenes.draw_background("blue", "plain", 64)])  # (1, 3, 64, 6
 there = adaptive_avg_pool2d((picture - blank).abs().amax(dim=1), 8).flatten() > 0.2  # (N,): patches with strawberry
 looks = attention[:, words.index("strawberry")]  # (N,)
 ratio = (looks[there].mean() / looks[~there].mean()).item()
-lesson.check("'strawberry' is looked at by its own patches, times the others", ratio, (5, 13), form=".1f")
+lesson.check("'strawberry' is looked at by its own patches, times the others", ratio, (13, 50), form=".1f")
 figure = draw.word_maps(picture[0], attention.T.unflatten(1, (8, 8)), words)
 lesson.show(figure, "05_cross_attention", "For each word, which patches look at it more than the mean patch")
 
@@ -298,8 +298,8 @@ for said in (prompt, "", "a taco in the middle on a red background"):
     errors[said] = noise_error(model, latents, t.expand(n), many, *told, pipe.schedule).mean().item()
 lesson.table(("the model is told", "error of the noise"), [(said or "nothing", each) for said, each in errors.items()])
 right, nothing, wrong = errors.values()
-lesson.check("nothing told: error, times that with the right caption", nothing / right, (4, 14), form=".1f")
-lesson.check("wrong caption: error, times that with the right one", wrong / right, (20, 80), form=".0f")
+lesson.check("nothing told: error, times that with the right caption", nothing / right, (9, 36), form=".1f")
+lesson.check("wrong caption: error, times that with the right one", wrong / right, (50, 230), form=".0f")
 
 # %% [markdown]
 # Now we draw with different $w$. A small classifier ships with the model. This **judge** says whether thing,
@@ -326,8 +326,8 @@ lesson.show(figure, "05_guidance", "The same noise and sentence with five streng
 
 # %% [markdown]
 # $w = 0$ ignores the sentence, so almost nothing is right. $w = 10$ leads away from what the model has learned:
-# colours become harsh, shapes break, and the judge finds fewer pictures right. In between the judge sees little
-# difference. Compare the details of the strawberry there. The tiny model's own $w$ is in `pipe.defaults`.
+# colours become harsh, shapes break, and the judge finds fewer pictures right. Already at $w = 4$ it may miss some.
+# Compare the details of the strawberry. The tiny model's own $w$ is in `pipe.defaults`.
 #
 # ## The sampler's loop
 #

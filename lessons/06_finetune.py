@@ -142,7 +142,7 @@ lesson.check("a fresh adapter changes nothing (1: yes, to the bit)", rows[0][4],
 # can compute the noise, $ε = (x_t - α_t x_0) / σ_t$. So 0 is possible.)
 
 # %%
-config = TrainConfig.of(pipe, method="sparse", epochs=10 if lesson.quick else 50, lr=0.003)
+config = TrainConfig.of(pipe, method="sparse", epochs=10 if lesson.quick else 50, lr=0.003, lr_schedule="constant")
 n_steps = config.epochs * config.repeats // config.batch_size
 B = config.batch_size
 torch.manual_seed(0)

@@ -77,7 +77,7 @@ methods = {
 folder = TemporaryDirectory()
 files = {name: Path(folder.name) / f"{number}.safetensors" for number, name in enumerate(methods)}
 for name, how in methods.items():
-    config = TrainConfig.of(pipe, epochs=5 if lesson.quick else 50, **{"lr": 0.003, **how})
+    config = TrainConfig.of(pipe, epochs=5 if lesson.quick else 50, lr_schedule="constant", **{"lr": 0.003, **how})
     teach(pipe, [robot.file], [robot.caption], files[name], config)
 
 # %%

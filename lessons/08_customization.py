@@ -198,9 +198,9 @@ for name in ("LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"):
 # this command trains every setting on four subjects, with three seeds each. It chooses the learning rate of each method
 # on the fifth subject, by alignment + fidelity:
 #
-#     torchrun --nproc-per-node 2 -m dit.evaluate --subjects lessons/data/subjects --tune-on snail \
+#     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m dit.evaluate --subjects lessons/data/subjects --tune-on snail \
 #       --lrs 0.001 0.003 0.01 0.03 --densities 0.01 0.02 0.04 0.2 --atoms 256 16 1024 2048 \
-#       --seeds 0 1 2 --epochs 10 --pictures 1
+#       --seeds 0 1 2 --epochs 10 --pictures 1 --steps 10
 #
 # It took MINUTES minutes on two CPU cores. Its results are in `lessons/data/study.csv`. Here is the mean of each
 # setting over subjects and seeds, beside the paper's Tables 1 and 2.

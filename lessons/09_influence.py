@@ -181,7 +181,8 @@ model = pipe.transformer
 folder = TemporaryDirectory()
 files = {variant: Path(folder.name) / f"{variant}.safetensors" for variant in variants}
 for variant, given in variants.items():
-    config = TrainConfig.of(pipe, atoms=128, lr=0.003, epochs=8 if lesson.quick else 60, **given)  # 20 or 150 steps
+    epochs = 8 if lesson.quick else 60  # 20 or 150 steps
+    config = TrainConfig.of(pipe, atoms=128, lr=0.003, lr_schedule="constant", epochs=epochs, **given)
     teach(pipe, picture, caption, files[variant], config)
 
 # %%

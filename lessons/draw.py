@@ -483,7 +483,8 @@ def by_block(additive, linear):
 def depth(picture, changes):
     """A picture (3, H, W) in [-1, 1], and what each block changes in it, (3, H, W) each, in one colour scale"""
     columns = (len(changes) + 2) // 2
-    figure, axes = panels(2, columns, height=4.2)
+    figure, axes = panels(2, columns, height=4.4)
+    figure.get_layout_engine().set(h_pad=0.12)  # inches; else the titles are cut off
     reach = torch.stack(changes).mean(1).abs().quantile(0.999).item()
     image(axes[0, 0], picture.movedim(0, -1) / 2 + 0.5, "with all atoms")
     axes[1, 0].axis("off")

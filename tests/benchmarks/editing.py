@@ -43,7 +43,8 @@ def rows_of(pipe, judge, subject, name, lr, epochs, out):
     if how is not None:
         words = f"{subject.name}-{name}-{lr}-{epochs}".replace(",", "").replace(" ", "-")
         file = out / f"{words}.safetensors"
-        teach(pipe, [subject.file], [subject.caption], file, TrainConfig.of(pipe, lr=lr, epochs=epochs, **how))
+        config = TrainConfig.of(pipe, lr=lr, lr_schedule="constant", epochs=epochs, **how)
+        teach(pipe, [subject.file], [subject.caption], file, config)
     edits = [edit for i, edit in enumerate(subject.edits()) if i % 2 == 0 or edit.kind == "size"]  # half the time
     scenes, captions = captions_to_judge(OTHERS, withheld=False)
     prompts = [subject.caption, *(edit.prompt for edit in edits), *captions]

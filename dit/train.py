@@ -34,7 +34,7 @@ from sparsecode import (
 from sparsecode.common import COUNT, POSITIVE, Kind, UserError, check_fields, replacing
 
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "came": CAME}
-HOLD = 50  # steps
+HOLD = 100  # steps
 SCHEDULES = {  # the share of the learning rate at a step
     "constant": lambda step: 1.0,
     # Held, then falling as 1/step²: its sum, which is what harms other captions, stays below 2 HOLD.

@@ -8,7 +8,7 @@ from dit.cli import TINY
 from dit.pictures import to_tensor
 from dit.tiny.editing import SubjectPicture, follows
 from dit.tiny.judge import load_judge
-from dit.tiny.scenes import PLACES, Scene, Thing, draw
+from dit.tiny.scenes import OFFSET, PLACES, Scene, Thing, draw
 from dit.tiny.subjects import PICTURES
 
 SUBJECTS = TINY.parent.parent / "lessons" / "data" / "subjects"
@@ -55,12 +55,12 @@ def test_kept_knows_the_subject_wherever_it_was_moved_and_no_other(subjects):
 
 def test_the_mask_is_subject_alone(subjects):
     for subject in subjects.values():
-        assert 600 < subject.mask.sum() < 1000  # of 4096
+        assert 450 < subject.mask.sum() < 800  # of 4096
         purple = subject.draw("purple", subject.place)  # (3, 64, 64)
         assert (purple - subject.picture).abs()[:, subject.mask].amax() < 0.1
         rows, columns = subject.mask.nonzero().float().mean(0).tolist()
         x, y = PLACES[subject.place]
-        assert abs(rows - 32 - 12 * y) < 5 and abs(columns - 32 - 12 * x) < 5
+        assert abs(rows - 32 - OFFSET * y) < 5 and abs(columns - 32 - OFFSET * x) < 5
 
 
 def test_kept_knows_the_subject_in_another_size(subjects):

@@ -388,11 +388,12 @@ def fidelity(points):
     figure, axes = panels(1, 2, height=3.8)
     titles = "edits: how much of the subject is kept", "other captions: share drawn right"
     for ax, title, column in zip(axes, titles, (1, 2)):
-        for (name, each), color in zip(points.items(), (ORANGE, BLUE)):
-            x, y = [point[0] for point in each], [point[column] for point in each]
-            ax.plot(x, y, "o", color=color)
-            last = max(range(len(x)), key=lambda i: x[i])
-            label(ax, x[last], y[last], name, color)
+        last = [max(each) for each in points.values()]  # of the highest fidelity
+        every = [point[column] for each in points.values() for point in each]
+        heights = apart([point[column] for point in last], 0.05 * (max(every) - min(every)))
+        for (name, each), color, (x, *_), height in zip(points.items(), (ORANGE, BLUE), last, heights):
+            ax.plot([point[0] for point in each], [point[column] for point in each], "o", color=color)
+            label(ax, x, height, name, color)
         left, right = ax.get_xlim()
         ax.set(xlabel="fidelity: kept with the trained prompt", title=title, xlim=(left, right + 0.35 * (right - left)))
     return figure

@@ -142,9 +142,9 @@ gap = scores["sparse"]["kept"] - scores["LoRA"]["kept"]
 lesson.check("sparse − LoRA: kept over the edits", gap, (-0.1, 0.3), quick=(-0.3, 0.5), paper="above 0", form=".2f")
 
 # %% [markdown]
-# With equally many parameters, both learn the picture, and both draw the robot in every edit. Which of the two keeps
-# more of it? The last check answers, but two seeds of one robot are few. What does each forget? Read the column
-# "others: right": with 16 captions, one wrong picture makes 6 %.
+# With equally many parameters, both learn the picture, and both draw the robot in every edit. Neither keeps more of it
+# than the other (last check), but two seeds of one robot are few. Neither forgets anything that we can see: the column
+# "others: right" shows no wrong picture. But it has only 16 captions, so one wrong picture would make 6 %.
 #
 # ## One atom for each token, or rank 1 (Fig. 4)
 #
@@ -241,9 +241,9 @@ lesson.check("others right, low density − high", low[2] - high[2], (0, 0.3), p
 
 # %% [markdown]
 # The first row is the adapter as it was trained. Compare the other rows with it. The paper says that a smaller density
-# follows the prompt better (Fig. 6). The last column cannot show it, because all edits follow. But there is a trade: a
-# smaller density keeps less of the subject, and leaves more of the other captions right. And with 40 atoms almost
-# nothing of the subjects is left, as in lesson 6.
+# follows the prompt better (Fig. 6). The last column cannot show it, because all edits follow at every density. But
+# there is a trade: a smaller density keeps less of the subject, and leaves more of the other captions right. And with
+# 40 atoms almost nothing of the subjects is left, as in lesson 6.
 #
 # ## Kind by kind
 #
@@ -266,7 +266,8 @@ for kind, expected in {"background": (-0.1, 0.1), "place": (-0.15, 0.15), "secon
 
 # %% [markdown]
 # Both methods obey every kind of edit, and both keep the subject in all of them but one: at another size much less of
-# it is left. The only training picture shows the subject in one size, so it has not taught the other.
+# it is left. The only training picture shows the subject in one size, so it has not taught the other. The four kinds
+# of edit that we drew at the beginning are about equally easy.
 #
 # ## When to use which
 #

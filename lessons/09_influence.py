@@ -314,8 +314,9 @@ for variant, values in shares.items():
     lesson.check(f"{variant}: blocks 4 to 7 − blocks 0 to 3", gain, (-0.05, 0.3), quick=(-0.5, 0.5), paper="below 0")
 
 # %% [markdown]
-# It does not fall from block to block. The pictures say the same: both early and late blocks draw outlines. So on this
-# model **depth decides how linear a sparse atom is, but not whether it makes structure or details**.
+# It does not fall from block to block. In later blocks the mean share is a little larger for sparse atoms, and a little
+# smaller for dense ones. The pictures say the same: both early and late blocks draw outlines. So on this model **depth
+# decides how linear a sparse atom is, but not whether it makes structure or details**.
 #
 # ## Where it stops being true
 #

@@ -26,7 +26,7 @@ from sparsecode.common import UserError, read_json, replacing
 
 # The content of the model's defaults.json: the guidance (dit.tiny.judge sees no difference from 1.5 to 3), and
 # fine-tuning settings that teach a new subject in half a minute on two CPU cores.
-DEFAULTS = {"guidance": 2.0, "finetune": {"epochs": 40, "batch_size": 4, "lr": 0.0015, "lr_schedule": "inverse-square"}}
+DEFAULTS = {"guidance": 2.0, "finetune": {"epochs": 40, "batch_size": 4, "lr": 0.0012, "lr_schedule": "inverse-square"}}
 
 
 def parse(argv=None):

@@ -10,7 +10,7 @@
 # *Top: how the robot should look. Below: the model before it has learned the robot, and after, by LoRA and
 # two sparse dictionaries.*
 #
-# You need lesson [6](06_finetune.md). This lesson takes about 70 seconds on two CPU cores, 20 with `--quick`.
+# You need lesson [6](06_finetune.md). This lesson takes about a minute on two CPU cores, 20 seconds with `--quick`.
 #
 # ## The words
 #
@@ -182,7 +182,7 @@ lesson.show(figure, "08_pictures", "A robot at five places, as it should be and 
 # %%
 perfect, owl = scores["as it should be"], scores["an owl instead"]
 lesson.check("as it should be: fidelity", perfect[1], (0.8, 0.95))
-lesson.check("an owl instead: fidelity", owl[1], (0.1, 0.4))
+lesson.check("an owl instead: fidelity", owl[1], (0.1, 0.5))
 lesson.check("an owl instead: alignment / the robot's", owl[0] / perfect[0], (0.7, 1), form=".0%")
 lesson.check("as it should be: diversity", perfect[2], (1.5, 2))
 least = min(scores[name][2] for name in runs)  # of those that were trained
@@ -202,8 +202,8 @@ for name in ("LoRA", "M 256, ρ 0.02", "M 256, ρ 0.2"):
 #       --lrs 0.001 0.003 0.01 0.03 --densities 0.01 0.02 0.2 --atoms 256 16 1024 --seeds 0 1 2 \
 #       --epochs 10 --pictures 1 --steps 10
 #
-# It took MINUTES minutes on two CPU cores. Its results are in `lessons/data/study.csv`. Here is the mean of each
-# setting over subjects and seeds, beside the paper's Tables 1 and 2.
+# It took 22 minutes on two CPU cores that did other work too. Its results are in `lessons/data/study.csv`. Here is the
+# mean of each setting over subjects and seeds, beside the paper's Tables 1 and 2.
 
 # %%
 records = read_results(root / "lessons" / "data" / "study.csv")
@@ -242,9 +242,9 @@ small, default, dense = (Setting("sparse", 256, density) for density in (0.01, 0
 few, many = (Setting("sparse", atoms, 0.01) for atoms in (16, 1024))
 pairs = [(default, Setting(method)) for method in ("lora", "dora", "oft")]
 pairs += [(dense, small), (small, few), (many, small)]
-verdicts = {}
+verdicts, gaps = {}, {}
 for measure, column in {"alignment": 0, "fidelity": 2, "diversity": 1}.items():  # the paper's order
-    rows = []
+    rows, gaps[measure] = [], []
     for one, other in pairs:
         ours, error = compare(records, measure, one, other)
         if one.paper:
@@ -256,6 +256,7 @@ for measure, column in {"alignment": 0, "fidelity": 2, "diversity": 1}.items(): 
         mark = "✓" if ours * theirs > 0 else "✗"
         if abs(ours) < 2 * error:
             mark = "?"
+        gaps[measure].append(ours)
         rows.append((f"{one} − {other}", told, f"{ours:+.3f} ± {error:.3f}", mark))
     verdicts[measure] = [row[-1] for row in rows]
     lesson.table((measure, "the paper", "here", ""), rows)
@@ -264,8 +265,10 @@ for measure, column in {"alignment": 0, "fidelity": 2, "diversity": 1}.items(): 
 # %%
 rows = [(measure, "".join(marks[:3]), marks[3], "".join(marks[4:])) for measure, marks in verdicts.items()]
 lesson.table(("all verdicts", "methods (Table 1)", "density (Fig. 7)", "atoms (Table 2)"), rows)
-for measure, marks in verdicts.items():
-    lesson.check(f"{measure}: pairs ordered as in the paper, of 6", marks.count("✓"), (1, 6), form="d")
+for (measure, marks), expected in zip(verdicts.items(), (0, 2, 1)):
+    lesson.check(f"{measure}: pairs ordered as in the paper, of 6", marks.count("✓"), (expected, expected), form="d")
+opposite = sum(a * b < 0 for a, b in zip(gaps["fidelity"], gaps["diversity"]))
+lesson.check("pairs where diversity falls as fidelity rises, or rises as it falls", opposite, (6, 6), form="d")
 
 # %%
 curves = {
@@ -277,16 +280,17 @@ lesson.show(draw.sweeps(curves), "08_sweeps", "Each score by density and by numb
 # %% [markdown]
 # Read the table of verdicts row by row:
 #
-# - **Alignment.** In the paper the sparse dictionary follows prompts better than LoRA, DoRA and OFT (first column), but
-#   a higher density or many atoms cost alignment (last two columns). Where we have a ✗ there, the
-#   reason may be simple: a robot that is drawn better is also read better. Take all alignments with care, and compare
-#   their gaps with the gap between robot and owl.
-# - **Fidelity and diversity, last two columns.** This is the paper's trade: a higher density or more atoms raise
-#   fidelity and lower diversity. Here only the step from 16 to 256 atoms shows it. With 256 atoms the pictures come so
-#   near to the perfect ones that nothing is left to gain: the curves above are flat from there on.
-# - **Fidelity and diversity, first column.** In the paper the pictures of the sparse dictionary are more diverse, at
-#   about the fidelity of LoRA and DoRA. A ✗ for one of these two in both scores says that here the dictionary has
-#   learned the robot better, and so its pictures are less diverse. A ? says that the gap is smaller than chance.
+# - **Alignment decides nothing here.** In the paper the sparse dictionary follows prompts better than LoRA, DoRA and
+#   OFT, and a higher density or many atoms cost alignment. Here all settings align about as well as the perfect
+#   pictures above, so nothing is left to gain.
+# - **Fidelity, first column.** In the paper the dictionary is about as faithful as LoRA and DoRA, and more than OFT.
+#   Here it is a little more faithful than all three.
+# - **Fidelity, last two columns.** In the paper a higher density or more atoms raise fidelity. Here only the step from
+#   16 to 256 atoms does. A higher density and 1024 atoms even lower it. One reason may be the learning rate: the study
+#   chooses it once for each method, with 256 atoms and $ρ = 0.01$, and the others may need a smaller one.
+# - **Diversity falls wherever fidelity rises**, in all six pairs (last check). This is the trade of the paper's Fig. 7
+#   and Table 2. But we have seen the reason: robots that are spoiled in different ways count as different pictures. So
+#   here a higher diversity is a fault, not a merit.
 #
 # ## Where it stops being true
 #

@@ -220,7 +220,8 @@ lesson.check("trainings", len(records) - 4, (96, 96), form="d")
 
 # %%
 paper = {setting: (setting.paper[2], setting.paper[1]) for setting in means if setting.paper}
-figure = draw.trade({setting: mean[1:] for setting, mean in means.items()}, paper)
+trained = {setting: mean[1:] for setting, mean in means.items() if setting.method != "base"}
+figure = draw.trade(trained, paper)
 lesson.show(figure, "08_trade", "Diversity against fidelity for each method, here and in the paper")
 
 # %% [markdown]

@@ -427,7 +427,7 @@ def trade(ours, paper):
         heights = apart(ys, 0.06 * (max(ys) - min(ys)))
         right = max(xs) + 0.08 * (max(xs) - min(xs))  # labels stand in a column beside the points
         for (setting, (x, y)), height in zip(points.items(), heights):
-            color = {"sparse": BLUE, "base": GREY}.get(setting.method, ORANGE)
+            color = BLUE if setting.method == "sparse" else ORANGE
             ax.plot(x, y, "o", color=color)
             line = {"arrowstyle": "-", "color": "0.85", "relpos": (0, 0.5)}  # to the left end of the name
             ax.annotate(str(setting), (x, y), (right, height), color=color, va="center", arrowprops=line)

@@ -79,6 +79,12 @@ def test_pictures_show_things_where_the_scene_says():
             assert tuple(np.sign(np.round(middle / 5))) == (x, y)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_cut_a_thing_alike_at_every_place(size):
+    patch = 2 * 4  # pixels: 2 latents of 4 pixels
+    assert len({tuple(edge % patch for edge in Thing("fox", size, place).box) for place in PLACES}) == 1
+
+
 def test_a_larger_picture_is_the_same_scene():
     scene = Scene((Thing("fox", "large", "top left"), Thing("pizza", "small", "bottom right")), "blue", "checked")
     small, large = np.asarray(draw(scene), float), np.asarray(draw(scene, 256).reduce(4), float)

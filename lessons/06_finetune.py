@@ -262,9 +262,9 @@ _, kept["400 at random"], share["400 at random"] = look()
 keep_atoms(model, "all")
 rows = [(n, f"{share[n]:.0%}", kept[n]) for n in kept]
 lesson.table(("atoms", "their share of all importance", "of the robot"), rows)
-lesson.check("all atoms: of the robot", kept["all"], (0.85, 0.98), quick=(0.1, 1), form=".2f")
+lesson.check("all atoms: of the robot", kept["all"], (0.85, 0.98), quick=(-0.2, 1), form=".2f")
 lesson.check("40 atoms: of the robot", kept[40], (-0.15, 0.35), quick=(-0.2, 0.5), paper="enough", form=".2f")
-lesson.check("400 atoms: of the robot", kept[400], (0.8, 0.98), quick=(0.05, 1), form=".2f")
+lesson.check("400 atoms: of the robot", kept[400], (0.8, 0.98), quick=(-0.2, 1), form=".2f")
 lesson.check("400 at random: of the robot", kept["400 at random"], (-0.15, 0.45), quick=(-0.2, 0.6), form=".2f")
 
 # %%
@@ -293,7 +293,7 @@ picture, maps = watch(pipe, robot.caption, pipe.noise([0]), best, **sampler)  # 
 maps = maps.mean(dim=1)  # (5, 8, 8)
 sizes = maps.flatten(1).abs().sort(descending=True).values  # (5, 64), the largest first
 quarter = (sizes[:, :16].sum() / sizes.sum()).item()
-lesson.check("share of an atom's sum in a quarter of the patches", quarter, (0.35, 0.6), form=".0%")
+lesson.check("share of an atom's sum in a quarter of the patches", quarter, (0.35, 0.6), quick=(0.25, 0.6), form=".0%")
 titles = [f"block {layer.split('.')[1]}, atom {m}" for layer, m in best]
 figure = draw.picture_rows({"": [overlay(picture, s) for s in maps]}, titles)
 lesson.show(figure, "06_where", "Where on the picture the five most important atoms are added and subtracted")
